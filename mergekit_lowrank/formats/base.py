@@ -1,0 +1,85 @@
+"""What the engine asks of a checkpoint: its headers at once, its tensors one module at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from mergekit_lowrank.lowrank import LowRankUpdate
+
+__all__ = ["Checkpoint", "Format", "ModuleHeader"]
+
+
+@dataclass(frozen=True)
+class ModuleHeader:
+    """What is known of one module of one input before any tensor is read.
+
+    Attributes:
+        name: the module's name in the base model, such as ``model.layers.3.self_attn.q_proj``.
+        d_out: rows of the delta.
+        d_in: columns of the delta.
+        rank: r, read from the tensors, never from the configuration.
+        scaling: what multiplies b · a.
+        dtype: the stored type; the wider one where the two factors differ.
+        stored_bytes: bytes of both factors in the file.
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    rank: int
+    scaling: float
+    dtype: torch.dtype
+    stored_bytes: int
+
+
+class Checkpoint(ABC):
+    """One input, opened: its headers are read, its tensors are not. Safe to read from several threads.
+
+    Attributes:
+        label: what messages call it: the directory's name, made unique by the caller.
+        location: the path or repository as the recipe gave it.
+        files: every file the input consists of, for hashing; empty for an in-memory input.
+        modules: its modules by name, in the order in which their tensors lie in the file.
+        base_model: the base it was tuned from, as its configuration says; None when it does not.
+        config: the configuration as stored, for the report and the output's configuration.
+    """
+
+    label: str
+    location: str
+    files: tuple[Path, ...]
+    modules: Mapping[str, ModuleHeader]
+    base_model: str | None
+    config: Mapping[str, object]
+
+    @abstractmethod
+    def read(self, module: str) -> LowRankUpdate:
+        """The update of one module, on the CPU in its stored type, both factors finite.
+
+        Raises:
+            CheckpointError: a factor holds NaN or Inf (the tensor is named), or the file cannot be read.
+        """
+
+
+class Format(ABC):
+    """Recognises and opens one kind of checkpoint."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Whether ``path`` looks like this format. Reads file names only."""
+
+    @abstractmethod
+    def open(self, path: Path, *, label: str) -> Checkpoint:
+        """The checkpoint at ``path``, headers read and checked.
+
+        Raises:
+            CheckpointError: it is corrupt, or holds something that is not handled (named).
+        """

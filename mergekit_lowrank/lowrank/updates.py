@@ -1,0 +1,96 @@
+"""What one input adds to one module: an update, low-rank or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "densify"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankUpdate:
+    """ΔW = scaling · b · a, never multiplied out.
+
+    Attributes:
+        b: (d_out, r), PEFT's ``lora_B``.
+        a: (r, d_in), PEFT's ``lora_A``.
+        scaling: α/r, α/√r or 1; kept apart from the factors so that they can come back bit for bit.
+    """
+
+    b: Tensor
+    a: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``b``; an upper bound of the rank of the delta."""
+        return self.b.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the delta."""
+        return self.b.shape[0], self.a.shape[1]
+
+    def scaled(self, factor: float) -> LowRankUpdate:
+        """The update times ``factor``; the factors themselves are shared, not copied."""
+        return replace(self, scaling=self.scaling * factor)
+
+    def transposed(self) -> LowRankUpdate:
+        """The update of the transposed module: ΔWᵀ = scaling · aᵀ · bᵀ (views)."""
+        return LowRankUpdate(self.a.T, self.b.T, self.scaling)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> LowRankUpdate:
+        """The update on ``device`` in ``dtype``; tensors that are already there are shared."""
+        return replace(
+            self,
+            b=self.b.to(device=device, dtype=dtype, non_blocking=True),
+            a=self.a.to(device=device, dtype=dtype, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseUpdate:
+    """ΔW as a whole matrix: the result of an element-wise merge in ``delta`` space.
+
+    Attributes:
+        delta: (d_out, d_in).
+    """
+
+    delta: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the delta."""
+        return self.delta.shape[0], self.delta.shape[1]
+
+    def scaled(self, factor: float) -> DenseUpdate:
+        """The update times ``factor``."""
+        return self if factor == 1.0 else DenseUpdate(self.delta * factor)
+
+    def transposed(self) -> DenseUpdate:
+        """The update of the transposed module (a view)."""
+        return DenseUpdate(self.delta.T)
+
+
+Update: TypeAlias = LowRankUpdate | DenseUpdate
+
+
+def densify(update: Update) -> Tensor:
+    """The (d_out, d_in) delta of an update. For tests and small matrices; no merge needs it for low-rank inputs."""
+    return update.delta if isinstance(update, DenseUpdate) else (update.b @ update.a) * update.scaling
+
+
+def concatenate(updates: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> LowRankUpdate:
+    """Σ_t c_t ΔW_t as one update of rank Σ r_t: [c_t s_t b_t] · [a_t], exact, nothing multiplied out.
+
+    A single update is returned with its factors untouched and the coefficient in ``scaling``.
+    """
+    if len(updates) == 1:
+        return updates[0].scaled(coefficients[0])
+    b = torch.cat([u.b * (u.scaling * c) for u, c in zip(updates, coefficients, strict=True)], dim=1)
+    return LowRankUpdate(b, torch.cat([u.a for u in updates]))
