@@ -1,0 +1,29 @@
+"""Reading and writing checkpoints: headers first, tensors on demand."""
+
+from mergekit_lowrank.formats.adapter import Adapter
+from mergekit_lowrank.formats.base import Checkpoint, Format, ModuleHeader
+from mergekit_lowrank.formats.directory import new_directory
+from mergekit_lowrank.formats.peft import PeftCheckpoint, PeftFormat
+from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
+from mergekit_lowrank.formats.peft_keys import tensor_names
+from mergekit_lowrank.formats.peft_output import output_config
+from mergekit_lowrank.formats.stream import SafetensorsStream
+from mergekit_lowrank.formats.tensors import TensorSource, TensorSpec, open_tensors
+
+__all__ = [
+    "CONFIG_NAME",
+    "Adapter",
+    "Checkpoint",
+    "Format",
+    "ModuleHeader",
+    "PeftCheckpoint",
+    "PeftConfig",
+    "PeftFormat",
+    "SafetensorsStream",
+    "TensorSource",
+    "TensorSpec",
+    "new_directory",
+    "open_tensors",
+    "output_config",
+    "tensor_names",
+]

@@ -47,6 +47,9 @@ class Checkpoint(ABC):
         files: every file the input consists of, for hashing; empty for an in-memory input.
         modules: its modules by name, in the order in which their tensors lie in the file.
         base_model: the base it was tuned from, as its configuration says; None when it does not.
+        revision: the revision of that base; None when unknown.
+        task_type: PEFT's task type, such as ``CAUSAL_LM``; None when unknown.
+        fan_in_fan_out: whether the base stores its weights as (in, out); the factors do not change with it.
         config: the configuration as stored, for the report and the output's configuration.
     """
 
@@ -55,6 +58,9 @@ class Checkpoint(ABC):
     files: tuple[Path, ...]
     modules: Mapping[str, ModuleHeader]
     base_model: str | None
+    revision: str | None = None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
     config: Mapping[str, object]
 
     @abstractmethod

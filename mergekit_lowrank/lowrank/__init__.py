@@ -1,5 +1,33 @@
 """Pure low-rank algebra on tensors: no files, no recipes, no strategies."""
 
+from mergekit_lowrank.lowrank.decompositions import (
+    JointDecomposition,
+    in_double,
+    joint_decomposition,
+    left_singular_basis,
+)
+from mergekit_lowrank.lowrank.products import distance, inner, norm
+from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes
+from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, factorise
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify
 
-__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "densify"]
+__all__ = [
+    "DenseUpdate",
+    "JointDecomposition",
+    "LowRankUpdate",
+    "RadixSelection",
+    "Spectrum",
+    "Truncation",
+    "Update",
+    "concatenate",
+    "densify",
+    "distance",
+    "factorise",
+    "in_double",
+    "inner",
+    "joint_decomposition",
+    "kth_magnitude",
+    "kth_magnitudes",
+    "left_singular_basis",
+    "norm",
+]

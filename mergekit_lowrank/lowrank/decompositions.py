@@ -1,0 +1,127 @@
+"""Thin, joint and core decompositions of stacked low-rank updates, from their factors only.
+
+Every decomposition costs O(d · R²) with R = Σ r_t, never O(d_out · d_in). Singular vectors come in descending order of
+their values, and the largest-magnitude entry of each left vector is positive (the first such entry where several tie).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mergekit_lowrank.lowrank.updates import LowRankUpdate
+
+__all__ = ["JointDecomposition", "fix_signs", "in_double", "joint_decomposition", "left_singular_basis", "svd", "thin_qr"]
+
+SMALL_SIDE = 512
+"""Decompositions whose smaller side is at most this run on the CPU: the transfer costs less than a GPU's launch of many
+small kernels, and MPS has no decompositions of its own. Not yet measured on a GPU."""
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in float64; on the CPU where its device has no float64 (MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def thin_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (d, k) with orthonormal columns and R (k, n), matrix = Q · R, k = min(d, n). Rank deficiency is ordinary."""
+    if 0 in matrix.shape:
+        k = min(matrix.shape)
+        return matrix.new_zeros(matrix.shape[0], k), matrix.new_zeros(k, matrix.shape[1])
+    q, r = torch.linalg.qr(matrix)
+    return q, r
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin U, S, Vᵀ of ``matrix``, on the device where that pays.
+
+    Signs are those of LAPACK; ``fix_signs`` makes them canonical once the left vectors are in full coordinates.
+    """
+    if 0 in matrix.shape:
+        k = min(matrix.shape)
+        return matrix.new_zeros(matrix.shape[0], k), matrix.new_zeros(k), matrix.new_zeros(k, matrix.shape[1])
+    small = matrix.device.type != "cpu" and min(matrix.shape) <= SMALL_SIDE
+    u, s, vh = torch.linalg.svd(matrix.cpu() if small else matrix, full_matrices=False)
+    return u.to(matrix.device), s.to(matrix.device), vh.to(matrix.device)
+
+
+def fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product ``left @ right`` with the largest-magnitude entry of each column of ``left`` positive.
+
+    Args:
+        left: (d, k), singular vectors as columns.
+        right: (k, m), their partners as rows.
+    """
+    if left.shape[0] == 0 or left.shape[1] == 0:
+        return left, right
+    peaks = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
+    signs = torch.where(peaks < 0, -1.0, 1.0).to(left.dtype)
+    return left * signs, right * signs.T
+
+
+def left_singular_basis(matrix: Tensor) -> Tensor:
+    """The left singular vectors of a tall ``matrix`` (d, n) as columns (d, k), descending, signs fixed.
+
+    Directions at the level of rounding (σ ≤ max(d, n) · ε · σ_max) are left out: they are arbitrary.
+    """
+    q, r = thin_qr(matrix)
+    u, s, vh = svd(r)
+    kept = int((s > max(matrix.shape) * torch.finfo(s.dtype).eps * s.max()).sum()) if s.numel() else 0
+    return fix_signs(q @ u[:, :kept], vh[:kept])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class JointDecomposition:
+    """[ΔW_1 … ΔW_N] = U · diag(S) · [V_1ᵀ … V_Nᵀ], the right blocks kept as products.
+
+    Attributes:
+        left: U, (d_out, k), orthonormal columns.
+        singular_values: S, (k,), descending.
+        right_cores: (N, k, r_max); V_tᵀ = right_cores[t] · right_bases[t]. Zero-padded where ranks differ.
+        right_bases: (N, r_max, d_in), orthonormal rows (padding rows are zero).
+    """
+
+    left: Tensor
+    singular_values: Tensor
+    right_cores: Tensor
+    right_bases: Tensor
+
+    def right_norms(self) -> Tensor:
+        """(N, k): ‖row i of V_tᵀ‖₂, from the cores alone since the bases are orthonormal."""
+        return torch.linalg.vector_norm(self.right_cores, dim=2)
+
+
+def joint_decomposition(updates: Sequence[LowRankUpdate], rank_tolerance: float) -> JointDecomposition:
+    """The thin SVD of the updates side by side, from R × R products.
+
+    B = [b_1 … b_N] = Q_B R_B and a_tᵀ = Q_t R_t, so that the concatenation is Q_B · K · blockdiag(Q_tᵀ) with the core
+    K = R_B · blockdiag(s_t R_tᵀ), whose SVD gives everything.
+
+    Args:
+        updates: of one module; ranks may differ.
+        rank_tolerance: singular values not above this share of the largest are cut.
+
+    Source: KnOTS (Stoica et al., arXiv:2410.19735) and DRM (arXiv:2505.23117) take the same SVD of the dense
+    concatenation.
+    """
+    q_b, r_b = thin_qr(torch.cat([u.b for u in updates], dim=1))
+    bases, cores, start = [], [], 0
+    for update in updates:
+        q, r = thin_qr(update.a.T)
+        cores.append(r_b[:, start : start + update.rank] @ r.T * update.scaling)
+        bases.append(q.T)
+        start += update.rank
+    u, s, vh = svd(torch.cat(cores, dim=1))
+    kept = int((s > rank_tolerance * s.max()).sum()) if s.numel() else 0
+    left, right = fix_signs(q_b @ u[:, :kept], vh[:kept])
+    blocks = right.split([basis.shape[0] for basis in bases], dim=1)
+    return JointDecomposition(
+        left,
+        s[:kept],
+        pad_sequence([block.T for block in blocks], batch_first=True).transpose(1, 2).contiguous(),
+        pad_sequence(bases, batch_first=True),
+    )

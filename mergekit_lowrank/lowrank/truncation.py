@@ -1,0 +1,129 @@
+"""An update as an adapter of some rank: the best approximation, its spectrum, and what was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr
+from mergekit_lowrank.lowrank.updates import LowRankUpdate, Update
+
+__all__ = ["Spectrum", "Truncation", "factorise"]
+
+EXACT_SIDE = 768
+"""Dense deltas whose smaller side is at most this are decomposed exactly."""
+OVERSAMPLING = 16
+"""Columns beyond the rank asked for in the randomised range (Halko, Martinsson & Tropp 2011, section 4.3, ask 5-10)."""
+ENERGY_TOLERANCE = 1e-4
+"""Subspace iteration stops when an iteration raises the captured energy by less than this share of it."""
+MAXIMUM_ITERATIONS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Singular values of an update and its whole energy.
+
+    Attributes:
+        values: (k,) float64, descending; all of the non-zero ones where ``complete``, else the leading ones.
+        energy: ‖ΔW‖²_F, of the whole update.
+        complete: whether ``values`` holds the whole spectrum.
+    """
+
+    values: Tensor
+    energy: float
+    complete: bool
+
+    def kept(self, rank: int) -> float:
+        """Share of the energy in the leading ``rank`` directions; 1 for a zero update."""
+        if self.energy == 0.0 or (self.complete and rank >= self.values.numel()):
+            return 1.0
+        return min(float(self.values[:rank].square().sum()) / self.energy, 1.0)
+
+    def rank_for(self, share: float) -> int | None:
+        """The least rank that keeps ``share`` of the energy (0 for a zero update); None where it was not computed."""
+        if self.energy == 0.0:
+            return 0
+        shares = self.values.square().cumsum(0) / self.energy
+        # One ulp-sized allowance per term: a sum of squares need not reach 1.0 exactly.
+        reached = (shares >= share - 1e-12).nonzero()
+        if reached.numel():
+            return int(reached[0]) + 1
+        return self.values.numel() if self.complete else None
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """U · diag(S) · Vᵀ of an update, complete or its leading part, ready to be cut at a rank."""
+
+    left: Tensor
+    right: Tensor
+    spectrum: Spectrum
+
+    def cut(self, rank: int) -> LowRankUpdate:
+        """The leading ``rank`` directions as b = U·S, a = Vᵀ; fewer where there are fewer."""
+        values = self.spectrum.values[:rank].to(self.left)
+        return LowRankUpdate(self.left[:, :rank] * values, self.right[:rank])
+
+
+def _factorise_low(update: LowRankUpdate) -> Truncation:
+    q_b, r_b = thin_qr(update.b)
+    q_a, r_a = thin_qr(update.a.T)
+    u, s, vh = svd(r_b @ r_a.T * update.scaling)
+    left, right = fix_signs(q_b @ u, vh @ q_a.T)
+    values = s.double().cpu()
+    return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
+
+
+def _factorise_dense(delta: Tensor) -> Truncation:
+    u, s, vh = svd(delta)
+    left, right = fix_signs(u, vh)
+    values = s.double().cpu()
+    return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
+
+
+def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncation:
+    """Leading directions by subspace iteration on the smaller side, until the captured energy settles.
+
+    Source: Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), algorithm 4.4.
+    """
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    width = min(rank + max(OVERSAMPLING, rank), tall.shape[1])
+    probe = torch.randn(tall.shape[1], width, generator=generator, dtype=torch.float32).to(delta)
+    energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64).square())
+    captured = 0.0
+    right, _ = thin_qr(probe)
+    for _ in range(MAXIMUM_ITERATIONS):
+        left, _ = thin_qr(tall @ right)
+        right, r = thin_qr(tall.T @ left)
+        u, s, vh = svd(r.T)
+        previous, captured = captured, float(s[:rank].double().square().sum())
+        if captured <= previous * (1 + ENERGY_TOLERANCE):
+            break
+    left, right_t = left @ u, vh @ right.T
+    if tall is not delta:
+        left, right_t = right_t.T, left.T
+    left, right_t = fix_signs(left, right_t)
+    return Truncation(left, right_t, Spectrum(s.double().cpu(), energy, complete=width == tall.shape[1]))
+
+
+def factorise(update: Update, rank: int, generator: torch.Generator) -> Truncation:
+    """Singular directions of an update: all of them for a low-rank one, at least ``rank`` for a dense one.
+
+    Low-rank updates go through their core: the same result as the SVD of the delta, in O(d · r²). Dense ones with a
+    side of at most 768 are decomposed exactly. Larger ones by randomised subspace iteration, stopped when
+    an iteration gains less than 1e-4 of the captured energy; what is captured is reported, so the loss is known.
+
+    Args:
+        update: to be approximated.
+        rank: how many leading directions a dense update must give.
+        generator: on the CPU; the start of the subspace iteration.
+    """
+    if isinstance(update, LowRankUpdate):
+        return _factorise_low(update)
+    if min(update.shape) <= max(EXACT_SIDE, rank):
+        return _factorise_dense(update.delta)
+    return _randomised(update.delta, rank, generator)
+
+

@@ -1,0 +1,25 @@
+"""Spaces: where a strategy works. ``Space`` is the extension point, the four built-ins are below it."""
+
+from mergekit_lowrank.spaces.base import BLOCK_ENTRIES, Coordinates, ModuleShape, Part, Space, SpaceParams
+from mergekit_lowrank.spaces.core import CoreCoordinates, CoreSpace
+from mergekit_lowrank.spaces.delta import DeltaCoordinates, DeltaSpace
+from mergekit_lowrank.spaces.factors import FactorCoordinates, FactorSpace
+from mergekit_lowrank.spaces.joint import JointCoordinates, JointParams, JointSpace
+
+__all__ = [
+    "BLOCK_ENTRIES",
+    "CoreCoordinates",
+    "CoreSpace",
+    "Coordinates",
+    "DeltaCoordinates",
+    "DeltaSpace",
+    "FactorCoordinates",
+    "FactorSpace",
+    "JointCoordinates",
+    "JointParams",
+    "JointSpace",
+    "ModuleShape",
+    "Part",
+    "Space",
+    "SpaceParams",
+]

@@ -1,0 +1,59 @@
+"""``core``: every update between the singular vectors of the stacked factors (Core Space)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lowrank.lowrank import LowRankUpdate, in_double, left_singular_basis
+from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space
+
+__all__ = ["CoreCoordinates", "CoreSpace"]
+
+
+class CoreCoordinates(Coordinates):
+    """M_t = Uᵀ ΔW_t V, with U, V the singular vectors of the stacked unscaled factors in descending order.
+
+    Computed in float64, as the reference does, and then held in the type of the factors.
+
+    Attributes:
+        left: U, (d_out, p).
+        right: Vᵀ, (q, d_in).
+
+    Source: Core Space (arXiv:2509.17786). Element-wise strategies depend on the basis: QR bases give other results.
+    """
+
+    def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
+        self.updates, self.weights = tuple(updates), tuple(weights)
+        factors = [(in_double(u.b), in_double(u.a)) for u in updates]
+        left = left_singular_basis(torch.cat([b for b, _ in factors], dim=1))
+        right = left_singular_basis(torch.cat([a for _, a in factors]).T).T
+        cores = [(left.T @ b) @ (a @ right.T) * u.scaling for (b, a), u in zip(factors, updates, strict=True)]
+        first = updates[0].b
+        self.left, self.right = left.to(first), right.to(first)
+        self.parts = (Part.stacked("core", torch.stack(cores).to(first), self.weights),)
+
+    def decode(self, merged: Sequence[Tensor]) -> LowRankUpdate:
+        """U · M · Vᵀ, M multiplied into the side that leaves the smaller rank."""
+        core = merged[0]
+        if core.shape[0] <= core.shape[1]:
+            return LowRankUpdate(self.left, core @ self.right)
+        return LowRankUpdate(self.left @ core, self.right)
+
+
+class CoreSpace(Space):
+    """Coordinates in the singular bases of the stacked factors."""
+
+    name = "core"
+    summary = "M_t = Uᵀ·ΔW_t·V between the singular vectors of the stacked factors, at most R×R (Core Space)"
+
+    def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> CoreCoordinates:
+        """The cores of all updates, held in memory."""
+        return CoreCoordinates(updates, weights)
+
+    def working_entries(self, shape: ModuleShape) -> int:
+        """Stacked factors with their bases, and the cores."""
+        rows, columns = min(shape.joint_rank, shape.d_out), min(shape.joint_rank, shape.d_in)
+        return 8 * shape.factor_entries + (shape.inputs + 3) * rows * columns

@@ -1,0 +1,47 @@
+"""``delta``: the entries of ΔW itself, made on the fly in row blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate
+from mergekit_lowrank.spaces.base import BLOCK_ENTRIES, Coordinates, ModuleShape, Part, Space
+
+__all__ = ["DeltaCoordinates", "DeltaSpace"]
+
+
+class DeltaCoordinates(Coordinates):
+    """Rows of s_t · b_t · a_t; nothing of size n × d_out × d_in is ever held."""
+
+    def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
+        self.updates, self.weights = tuple(updates), tuple(weights)
+        first = self.updates[0]
+        entries = first.shape[0] * first.shape[1]
+        sizes = (entries,) * len(self.updates)
+        part = Part("delta", first.shape, self.weights, sizes, 0, first.b.dtype, first.b.device, self._rows)
+        self.parts = (part,)
+
+    def _rows(self, rows: slice) -> Tensor:
+        return torch.stack([(u.b[rows] * u.scaling) @ u.a for u in self.updates])
+
+    def decode(self, merged: Sequence[Tensor]) -> DenseUpdate:
+        """The merged matrix is the update."""
+        return DenseUpdate(merged[0])
+
+
+class DeltaSpace(Space):
+    """Coordinates are the entries of the delta."""
+
+    name = "delta"
+    summary = "the entries of ΔW = s·B·A, made in row blocks; the result is dense and is then cut to a rank"
+
+    def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> DeltaCoordinates:
+        """Coordinates that read blocks of rows on demand."""
+        return DeltaCoordinates(updates, weights)
+
+    def working_entries(self, shape: ModuleShape) -> int:
+        """The merged matrix and one block."""
+        return shape.d_out * shape.d_in + max(BLOCK_ENTRIES, shape.inputs * shape.d_in)

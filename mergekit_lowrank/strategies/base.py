@@ -1,0 +1,223 @@
+"""What a merge method is: parameters, the spaces it works in, and one function of a module's coordinates."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from mergekit_lowrank.errors import StrategyError
+from mergekit_lowrank.lowrank import Update
+from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Part
+
+__all__ = [
+    "ElementwiseStrategy",
+    "MergeContext",
+    "Params",
+    "Preset",
+    "Strategy",
+    "Survey",
+    "keyed_generator",
+    "per_input",
+]
+
+
+class Params(BaseModel):
+    """Parameters of a strategy: a strict pydantic model, every field bounded and described."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def per_input_names(cls) -> frozenset[str]:
+        """Names of the fields that a recipe may also give for one model (``models[].parameters``)."""
+        return frozenset(
+            name
+            for name, info in cls.model_fields.items()
+            if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("per_input")
+        )
+
+
+def per_input(default: float, **constraints: Any) -> Any:
+    """A pydantic field that a recipe may give for the whole merge or for one model; see ``MergeContext.each``."""
+    return Field(default, json_schema_extra={"per_input": True}, **constraints)
+
+
+def keyed_generator(*key: object) -> torch.Generator:
+    """A CPU generator whose stream depends on ``key`` alone: not on order, device, threads or the hash seed."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class MergeContext:
+    """What a strategy may know of the module it merges, apart from the coordinates.
+
+    Attributes:
+        module: the module's name in the base model.
+        participants: indices, in the recipe's list of models, of the inputs that have the module.
+        weights: their coefficients.
+        total_weight: Σ w over all inputs of the recipe: what ``linear`` divides by.
+        input_params: for each participant the parameters that are its own (see ``each``).
+        survey: what the survey of this module's group found; None for strategies without one.
+        seed: the recipe's.
+    """
+
+    module: str
+    participants: tuple[int, ...]
+    weights: tuple[float, ...]
+    total_weight: float
+    input_params: tuple[Mapping[str, Any], ...] = ()
+    survey: Survey | None = None
+    seed: int = 0
+
+    def each(self, params: Params, name: str) -> tuple[Any, ...]:
+        """One value of the parameter ``name`` for each participant: its own where the recipe gives one."""
+        shared = getattr(params, name)
+        own = self.input_params or ({},) * len(self.participants)
+        return tuple(values.get(name, shared) for values in own)
+
+    def generator(self, position: int) -> torch.Generator:
+        """Random numbers for the participant at ``position``, keyed by (seed, module, input)."""
+        return keyed_generator(self.seed, self.module, self.participants[position])
+
+
+class Survey(ABC):
+    """Small statistics over all modules that share a method, its parameters and its space, before any is merged.
+
+    It runs in rounds. In each, ``measure`` is called once for every module, in any order and from several threads;
+    the measurements are added up with ``+`` (which must be exact and order-free: integers, or arrays of them), and
+    ``conclude`` takes the sum in. The finished survey is handed to ``merge`` as ``context.survey``.
+    """
+
+    @abstractmethod
+    def measure(self, coordinates: Coordinates, context: MergeContext) -> Any:
+        """The measurement of one module. Must not change the survey."""
+
+    @abstractmethod
+    def conclude(self, total: Any) -> bool:
+        """Take the sum of one round in; whether another round is needed."""
+
+
+class Strategy(ABC):
+    """A merge method. One instance serves every module that shares its parameters, from several threads.
+
+    Class attributes:
+        name: as recipes call it (``merge_method``).
+        summary: one sentence.
+        paper: where it comes from, or empty.
+        Params: its parameters.
+        spaces: the spaces it works in, its default first.
+        space_defaults: parameters of a space whose defaults this method changes.
+        is_random: whether it draws random numbers (from ``context.generator`` only).
+        is_order_free: whether permuted inputs give the same result, to rounding.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    Params: ClassVar[type[Params]] = Params
+    spaces: ClassVar[tuple[str, ...]]
+    space_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    is_random: ClassVar[bool] = False
+    is_order_free: ClassVar[bool] = True
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    @abstractmethod
+    def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
+        """The merged update of one module.
+
+        Args:
+            coordinates: of the n ≥ 1 updates, in one of the spaces the class names. Not to be modified.
+            context: weights, per-input parameters, random numbers, survey.
+        """
+
+    def survey(self) -> Survey | None:
+        """A new survey where the parameters need one, else None."""
+        return None
+
+    def returns_single_input(self) -> bool:
+        """Whether one input at weight 1 comes back as it is, with these parameters."""
+        return False
+
+    def target_weights(self, weights: Sequence[float], total_weight: float) -> tuple[float, ...]:
+        """Coefficients c_t of the exact weighted sum Σ c_t ΔW_t that the report compares the result with."""
+        del total_weight
+        return tuple(weights)
+
+    def check_weights(self, weights: Sequence[float], total_weight: float) -> None:
+        """Raise StrategyError for weights this method has no result for; called for every module by the plan."""
+
+    def working_entries(self, shape: ModuleShape) -> int:
+        """Upper estimate of the numbers held at once beyond inputs, coordinates and result: temporaries of a block."""
+        return 8 * max(BLOCK_ENTRIES, shape.inputs * max(shape.d_in, shape.d_out))
+
+
+class ElementwiseStrategy(Strategy):
+    """A method that merges entry by entry: one function from n blocks to one. It works in every space.
+
+    A subclass implements ``merge_block``, or ``merge_part`` where it needs a first pass over the whole part (for a
+    threshold, say).
+    """
+
+    spaces = ("delta", "joint", "core", "factors")
+
+    def merge_block(self, block: Tensor, weights: Tensor, context: MergeContext) -> Tensor:
+        """The merged entries of one block.
+
+        Args:
+            block: (n, …), coordinates of n inputs. Not to be modified.
+            weights: (n, 1, 1), their coefficients in this part.
+            context: of the module.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement merge_block or merge_part")
+
+    def merge_part(self, part: Part, context: MergeContext) -> Tensor:
+        """(rows, columns) of the merged part; by default ``merge_block`` over its blocks."""
+        weights = column(part.weights, part)
+        return part.merged(lambda block: self.merge_block(block, weights, context))
+
+    def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
+        """Every part merged, then decoded."""
+        return coordinates.decode([self.merge_part(part, context) for part in coordinates.parts])
+
+
+def column(values: Sequence[float], part: Part) -> Tensor:
+    """n numbers as an (n, 1, 1) tensor beside the blocks of a part."""
+    return torch.tensor(values, dtype=part.dtype, device=part.device).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A strategy with its space or some of its parameters fixed, under the name users know.
+
+    Attributes:
+        name: as recipes call it.
+        strategy: the strategy behind it.
+        summary: one sentence.
+        paper: where it comes from, or empty.
+        space: its space; None for the strategy's default.
+        parameters: what it fixes; a recipe may still set the others.
+    """
+
+    name: str
+    strategy: type[Strategy]
+    summary: str
+    paper: str = ""
+    space: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.space is not None and self.space not in self.strategy.spaces:
+            raise StrategyError(
+                f"preset '{self.name}': '{self.strategy.name}' does not work in space '{self.space}'; "
+                f"it supports {', '.join(self.strategy.spaces)}"
+            )

@@ -1,0 +1,72 @@
+"""The steps that element-wise methods are made of: pure functions of stacked entries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["disjoint_max", "disjoint_mean", "elect_sign", "keep_agreeing", "trim_by_magnitude"]
+
+
+def trim_by_magnitude(values: Tensor, thresholds: Tensor) -> Tensor:
+    """The entries with |x| ≥ threshold, the others zero. Every entry that equals the threshold stays.
+
+    Args:
+        values: (n, …).
+        thresholds: broadcastable to ``values``: one an input, or one for all.
+    """
+    return torch.where(values.abs() >= thresholds, values, 0)
+
+
+def elect_sign(values: Tensor, method: Literal["total", "frequency"] = "total") -> Tensor:
+    """The sign of each entry on which the inputs agree most: of Σ x (``total``) or of Σ sign x (``frequency``).
+
+    Args:
+        values: (n, …), already trimmed; zero means "does not vote".
+
+    Returns:
+        (…), entries in {-1, 0, +1}; 0 where the votes cancel exactly or nobody votes.
+
+    Source: TIES-Merging (Yadav et al. 2023, arXiv:2306.01708), section 3, elect; peft names the methods.
+    """
+    votes = values if method == "total" else values.sign()
+    return votes.sum(dim=0).sign()
+
+
+def keep_agreeing(values: Tensor, sign: Tensor) -> Tensor:
+    """The entries whose sign is the elected one, the others zero; all zero where the elected sign is 0.
+
+    Args:
+        values: (n, …).
+        sign: (…), entries in {-1, 0, +1}.
+    """
+    return torch.where(values * sign > 0, values, 0)
+
+
+def disjoint_mean(values: Tensor, weights: Tensor, divisor: Tensor) -> Tensor:
+    """Σ_t w_t x_t over a divisor that counts kept entries only; zero where the divisor is zero.
+
+    Args:
+        values: (n, …), trimmed and agreeing; zero means "not kept".
+        weights: (n, 1, …), what each input is multiplied by.
+        divisor: (n, 1, …), what each kept entry adds to the divisor: 1 for a mean, its weight for a weighted mean.
+
+    Source: TIES-Merging (arXiv:2306.01708), section 3, disjoint merge.
+    """
+    total = (values * weights).sum(dim=0)
+    count = ((values != 0) * divisor).sum(dim=0)
+    return total / torch.where(count == 0, 1, count)
+
+
+def disjoint_max(values: Tensor, sign: Tensor) -> Tensor:
+    """The largest magnitude among the kept entries, with the elected sign.
+
+    Args:
+        values: (n, …), trimmed and agreeing.
+        sign: (…), entries in {-1, 0, +1}.
+
+    Source: TIES-Merging's code, ``disjoint_merge`` with ``max``.
+    """
+    return values.abs().amax(dim=0) * sign
