@@ -1,1 +1,125 @@
-"""Merge low-rank adapters (LoRA) exactly, one module at a time, in bounded memory."""
+"""Merge low-rank adapters (LoRA) exactly, one module at a time, in bounded memory.
+
+::
+
+    from mergekit_lowrank import merge
+
+    merge("recipe.yaml", "merged/")                  # a directory that peft, vLLM and llama.cpp load
+    adapter = merge({"merge_method": "robustmerge", "models": [...]})  # in memory
+
+Names are imported when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mergekit_lowrank._version import __version__
+
+if TYPE_CHECKING:
+    from mergekit_lowrank.api import MergedAdapter, merge, plan
+    from mergekit_lowrank.engine import Plan
+    from mergekit_lowrank.errors import (
+        CheckpointError,
+        IncompatibleInputsError,
+        MemoryBudgetError,
+        MergeError,
+        OutputError,
+        PluginError,
+        RecipeError,
+        StrategyError,
+    )
+    from mergekit_lowrank.events import Reporter
+    from mergekit_lowrank.executors import Executor
+    from mergekit_lowrank.formats import Adapter, Checkpoint, Format
+    from mergekit_lowrank.hookspecs import hookimpl
+    from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate
+    from mergekit_lowrank.recipe import Recipe, load_recipe
+    from mergekit_lowrank.registry import Registry
+    from mergekit_lowrank.report import Report
+    from mergekit_lowrank.spaces import Coordinates, Part, Space, SpaceParams
+    from mergekit_lowrank.strategies import (
+        ElementwiseStrategy,
+        MergeContext,
+        Params,
+        Preset,
+        Strategy,
+        Survey,
+        per_input,
+    )
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "CheckpointError",
+    "Coordinates",
+    "DenseUpdate",
+    "ElementwiseStrategy",
+    "Executor",
+    "Format",
+    "IncompatibleInputsError",
+    "LowRankUpdate",
+    "MemoryBudgetError",
+    "MergeContext",
+    "MergeError",
+    "MergedAdapter",
+    "OutputError",
+    "Params",
+    "Part",
+    "Plan",
+    "PluginError",
+    "Preset",
+    "Recipe",
+    "RecipeError",
+    "Registry",
+    "Report",
+    "Reporter",
+    "Space",
+    "SpaceParams",
+    "Strategy",
+    "StrategyError",
+    "Survey",
+    "__version__",
+    "hookimpl",
+    "load_recipe",
+    "merge",
+    "per_input",
+    "plan",
+]
+
+_ROOMS = {
+    "api": ("MergedAdapter", "merge", "plan"),
+    "engine": ("Plan",),
+    "errors": (
+        "CheckpointError",
+        "IncompatibleInputsError",
+        "MemoryBudgetError",
+        "MergeError",
+        "OutputError",
+        "PluginError",
+        "RecipeError",
+        "StrategyError",
+    ),
+    "events": ("Reporter",),
+    "executors": ("Executor",),
+    "formats": ("Adapter", "Checkpoint", "Format"),
+    "hookspecs": ("hookimpl",),
+    "lowrank": ("DenseUpdate", "LowRankUpdate"),
+    "recipe": ("Recipe", "load_recipe"),
+    "registry": ("Registry",),
+    "report": ("Report",),
+    "spaces": ("Coordinates", "Part", "Space", "SpaceParams"),
+    "strategies": ("ElementwiseStrategy", "MergeContext", "Params", "Preset", "Strategy", "Survey", "per_input"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,7 +6,7 @@ from mergekit_lowrank.formats.directory import new_directory
 from mergekit_lowrank.formats.peft import PeftCheckpoint, PeftFormat
 from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
 from mergekit_lowrank.formats.peft_keys import tensor_names
-from mergekit_lowrank.formats.peft_output import output_config
+from mergekit_lowrank.formats.peft_output import config_text, output_config
 from mergekit_lowrank.formats.stream import SafetensorsStream
 from mergekit_lowrank.formats.tensors import TensorSource, TensorSpec, open_tensors
 
@@ -22,6 +22,7 @@ __all__ = [
     "SafetensorsStream",
     "TensorSource",
     "TensorSpec",
+    "config_text",
     "new_directory",
     "open_tensors",
     "output_config",

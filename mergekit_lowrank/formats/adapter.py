@@ -60,7 +60,7 @@ class Adapter:
             CheckpointError: the configuration or the state dict cannot be stored.
         """
         target, where = Path(path), f"adapter for {path}"
-        config = json.dumps(self._config_mapping(where), indent=2, sort_keys=True)
+        config = json.dumps(self._config_mapping(where), indent=2)  # not sorted: the first pattern that matches wins
         specs = TensorMapping(self.state_dict, where=where).specs
         announced = {key: (spec.dtype, spec.shape) for key, spec in specs.items()}
         with new_directory(target, overwrite=overwrite) as partial:
@@ -69,7 +69,7 @@ class Adapter:
             ) as stream:
                 for key, tensor in self.state_dict.items():
                     stream.write(key, tensor)
-            (partial / CONFIG_NAME).write_text(f"{config}\n", encoding="utf-8")
+            (partial / CONFIG_NAME).write_text(config, encoding="utf-8")
         return target
 
     def _config_mapping(self, where: str) -> dict[str, object]:

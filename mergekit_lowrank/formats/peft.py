@@ -70,8 +70,8 @@ class PeftCheckpoint(Checkpoint):
         if not (low.isfinite() and high.isfinite()):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"{self._where}: tensor '{key}' holds {count} NaN or infinite values. A merge would spread them to every "
-                "output: train or save the adapter again."
+                f"{self._where}: tensor '{key}' holds {count} NaN or infinite values. A merge would spread them: "
+                "train or save the adapter again."
             )
         return tensor
 
@@ -135,8 +135,8 @@ def _config_file(path: Path, where: str) -> Path:
     if nested:
         names = ", ".join(f"'{directory}'" for directory in nested)
         raise CheckpointError(
-            f"{where}: {path} has no {CONFIG_NAME}, but there is one in {names}. PEFT saves adapters that are not called "
-            "'default' in a sub-directory: give that path."
+            f"{where}: {path} has no {CONFIG_NAME}, but there is one in {names}. PEFT puts adapters that are not "
+            "called 'default' in a sub-directory: give that path."
         )
     raise CheckpointError(
         f"{where}: {path} has no {CONFIG_NAME}. Without it the scaling is unknown: download it again."
@@ -146,8 +146,8 @@ def _config_file(path: Path, where: str) -> Path:
 def _tensor_file(path: Path, where: str) -> Path:
     if (path / _SIDE_FILE).is_file():
         raise CheckpointError(
-            f"{where}: {path} holds {_SIDE_FILE}, whole tensors beside the adapter (LLaVA), which a merge of factors would "
-            "drop. Move the file out of the directory to merge the low-rank part alone."
+            f"{where}: {path} holds {_SIDE_FILE}, whole tensors beside the adapter (LLaVA), which a merge of factors "
+            "would drop. Move the file out of the directory to merge the low-rank part alone."
         )
     found = next((path / name for name in _TENSOR_FILES if (path / name).is_file()), None)
     if found is None:

@@ -1,4 +1,4 @@
-"""``adapter_config.json``, read strictly: each field is honoured, known to have no effect on a merge, or refused by name."""
+"""``adapter_config.json``, read strictly: each field is honoured, without effect on a merge, or refused by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ _Value = TypeVar("_Value")
 _IGNORED = frozenset(
     {
         "auto_mapping",
-        "task_type",
         "inference_mode",
         "peft_version",
         "runtime_config",
@@ -50,17 +49,15 @@ _FOLD = "Fold it into its base model and extract a plain LoRA from the differenc
 _REFUSED: Mapping[str, str] = {
     "use_dora": f"DoRA rescales the columns of the base weights, so its update is not low-rank. {_FOLD}",
     "lora_bias": f"the bias of lora_B is not part of the low-rank update. {_PLAIN}",
-    "modules_to_save": "these modules are stored whole, and a merge of factors would drop them. Train without them, or merge them apart.",
-    "trainable_token_indices": "trained token embeddings are stored as whole rows, and a merge of factors would drop them. "
-    "Train without them.",
-    "target_parameters": "adapters of fused parameters (mixture-of-experts weights) hold several experts in one factor. "
-    "Target modules, not parameters.",
-    "layer_replication": "it changes which layers the base model has. Apply the adapter to the replicated model and save that.",
+    "modules_to_save": "whole modules are stored, and a merge of factors would drop them. Train without them.",
+    "trainable_token_indices": "rows of embeddings are stored whole, and a merge would drop them. Train without them.",
+    "target_parameters": "factors of a fused parameter hold several experts at once. Target modules instead.",
+    "layer_replication": "it changes which layers the base has. Train on the replicated model, saved on its own.",
     "megatron_config": "Megatron layers split factors across devices. Convert the adapter to Hugging Face layers.",
     "use_qalora": f"QALoRA pools the input before lora_A, so its update is not lora_B @ lora_A. {_FOLD}",
     "use_bdlora": f"block-diagonal factors are stored in a layout of their own. {_FOLD}",
     "kasa_config": f"KaSA puts singular values between the factors and truncates the base weights. {_FOLD}",
-    "arrow_config": "Arrow routes between several adapters and has no single update. Merge the adapters it routes between.",
+    "arrow_config": "Arrow routes between adapters and has no single update. Merge those adapters.",
     "monteclora_config": f"MonteCLoRA samples around its factors. {_PLAIN}",
     "velora_config": f"VeLoRA changes how the adapter is trained, in ways that are not checked here. {_PLAIN}",
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens; merged, it would always act. "
@@ -129,7 +126,7 @@ class PeftConfig(BaseModel):
         return _first_match(self._ranks, module, self.r)
 
     def scaling_of(self, module: str, *, rank: int) -> float:
-        """What multiplies b · a in a module whose factors have rank ``rank``: α/r, or α/√r with rsLoRA."""
+        """What multiplies b · a in a module whose factors have rank ``rank``: alpha/r, or alpha/√r with rsLoRA."""
         alpha = _first_match(self._alphas, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -181,15 +178,15 @@ def _unhandled_fields(raw: Mapping[str, object]) -> Iterator[str]:
 
 def _judge_bias(value: object) -> Iterator[str]:
     if value != "none" and not _is_unset(value):
-        yield f"'bias' is {_short(value)}: trained biases are not low-rank and would be dropped. Train with bias='none'."
+        yield f"'bias' is {_short(value)}: trained biases would be dropped. Train with bias='none'."
 
 
 def _judge_initialisation(value: object) -> Iterator[str]:
     name = str(value).lower()
     if name.startswith(_BASE_CHANGING_INITIALISATIONS):
         yield (
-            f"'init_lora_weights' is {_short(value)}, which changes the base weights, so that the adapter does not fit the "
-            "original base. Save it with save_pretrained(path_initial_model_for_weight_conversion=...), which gives a plain LoRA."
+            f"'init_lora_weights' is {_short(value)}, which changes the base weights, so that the adapter does not fit "
+            "the original base. Save it as a plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     elif not _is_unset(value) and name not in _PLAIN_INITIALISATIONS:
         yield (

@@ -87,7 +87,7 @@ _FOREIGN: tuple[tuple[re.Pattern[str], _Kind], ...] = (
         re.compile(r"\.lora_[AB]\.[^.]+\.weight$"),
         _Kind(
             "keys with the name of an adapter left in",
-            f"{_SAVE}, or take its tensors from get_peft_model_state_dict: keys end in '.lora_A.weight' or '.lora_B.weight'.",
+            f"{_SAVE}, or take its tensors from get_peft_model_state_dict: keys end in '.lora_A.weight'.",
         ),
     ),
     (
@@ -162,7 +162,7 @@ def _check_pair(module: str, pair: FactorPair, findings: Findings) -> None:
         findings.add(
             "factors whose ranks differ",
             f"'{module}' (lora_A {list(pair.a.shape)}, lora_B {list(pair.b.shape)})",
-            "Expected lora_A [r, in] and lora_B [out, r] with one r: the file is corrupt, or its tensors were mixed up.",
+            "Expected lora_A [r, in] and lora_B [out, r] with one r: the tensors were mixed up.",
         )
     elif 0 in (*pair.a.shape, *pair.b.shape):
         findings.add(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
-__all__ = ["output_config"]
+__all__ = ["config_text", "output_config"]
 
 
 def output_config(
@@ -18,7 +19,7 @@ def output_config(
     fan_in_fan_out: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
 ) -> dict[str, object]:
-    """The ``adapter_config.json`` of an adapter whose factors carry all scaling: α = r in every module.
+    """The ``adapter_config.json`` of an adapter whose factors carry all scaling: alpha equals r in every module.
 
     Args:
         base_model: name or path of the model the inputs were tuned from.
@@ -27,10 +28,10 @@ def output_config(
         modules: full names of the modules merged.
         rank: the rank of every module that ``rank_pattern`` does not name.
         fan_in_fan_out: whether the base stores its weights as (in, out).
-        rank_pattern: rank by full module name, where ranks differ. Servers ignore patterns, so equal ranks are the default.
+        rank_pattern: rank by full module name, where ranks differ. Most servers ignore it.
     """
     ranks = {module: (rank_pattern or {}).get(module, rank) for module in sorted(modules)}
-    # peft matches keys as (.*\.)?(KEY)$; the anchor leaves the optional group empty, so that a key hits its module only.
+    # peft matches keys as (.*\.)?(KEY)$; the anchor keeps the optional group empty, so a key hits its module only.
     deviating = {f"^{re.escape(module)}": own for module, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
@@ -51,3 +52,8 @@ def output_config(
         "rank_pattern": deviating,
         "alpha_pattern": dict(deviating),
     }
+
+
+def config_text(config: Mapping[str, object]) -> str:
+    """The text of ``adapter_config.json``. Keys keep their order: in the patterns the first match wins."""
+    return json.dumps(config, indent=2) + "\n"

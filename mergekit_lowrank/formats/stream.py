@@ -24,10 +24,10 @@ _ALIGNMENT_BYTES = 8  # of the data, as the safetensors library writes it
 
 
 class SafetensorsStream:
-    """A safetensors file with all of its space reserved, filled one tensor at a time. ``write`` is safe from several threads.
+    """A safetensors file with all of its space reserved, filled one tensor at a time, from any number of threads.
 
-    As a context manager it closes the file on leaving; after an exception, or when the constructor fails, the unfinished file
-    is left for the caller to delete.
+    As a context manager it closes the file on leaving; after an exception, or when the constructor fails, the
+    unfinished file is left for the caller to delete.
 
     Args:
         path: the file to write; replaced if it exists.
@@ -75,9 +75,9 @@ class SafetensorsStream:
             if name not in self._pending:
                 raise ValueError(f"tensor '{name}' is written twice")
             self._pending.remove(name)
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with self._disk_errors():
-            _write_all(self._fd, memoryview(data), self._offsets[name])
+            _write_all(self._fd, data, self._offsets[name])
 
     def close(self) -> None:
         """Flush to the disk and close.

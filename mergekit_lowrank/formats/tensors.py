@@ -1,7 +1,7 @@
 """Tensor files, headers first: safetensors, pickles, shards and plain mappings behind one class.
 
-Opening reads headers only. ``read`` then copies one tensor out of a safetensors file, so that nothing stays mapped and memory
-is bounded by what the caller holds; tensors of a pickle are views of the mapped file.
+Opening reads headers only. ``read`` then copies one tensor out of a safetensors file, so that nothing stays mapped and
+memory is bounded by what the caller holds; tensors of a pickle are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +43,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 """The types this package stores and reads, by their names in safetensors headers."""
 
 _HEADER_LENGTH_BYTES = 8  # little-endian, https://github.com/huggingface/safetensors#format
+
+
+class _HeaderEntry(TypedDict):
+    """One tensor in a safetensors header that the library has found valid."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class SafetensorsFile(TensorSource):
         header, data_start = _read_safetensors_header(path)
         ordered = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         self.specs = {key: _spec(entry, key=key, path=path) for key, entry in ordered}
-        self._offsets = {key: data_start + entry["data_offsets"][0] for key, entry in ordered}
+        self._positions = {key: data_start + entry["data_offsets"][0] for key, entry in ordered}
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor."""
@@ -106,13 +115,14 @@ class SafetensorsFile(TensorSource):
         buffer = torch.empty(spec.stored_bytes, dtype=torch.uint8)
         try:
             with path.open("rb") as file:
-                file.seek(self._offsets[key])
-                count = file.readinto(buffer.numpy())  # type: ignore[attr-defined]  # mypy sees IO, it is a BufferedReader
+                file.seek(self._positions[key])
+                count = file.readinto(buffer.numpy().data)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read tensor '{key}': {error}.") from error
         if count != spec.stored_bytes:
             raise CheckpointError(
-                f"{path}: tensor '{key}' ends after {count} of {spec.stored_bytes} bytes: the file was changed while it was in use."
+                f"{path}: tensor '{key}' ends after {count} of {spec.stored_bytes} bytes. The file changed while "
+                "it was in use: copy or download it again, and start over."
             )
         return buffer.view(spec.dtype).reshape(spec.shape)
 
@@ -147,7 +157,8 @@ class ShardedTensors(TensorSource):
         for key, name in weight_map.items():
             if key not in shards[name].specs:
                 raise CheckpointError(
-                    f"{index}: tensor '{key}' should be in '{name}', which does not hold it. Download the whole adapter again."
+                    f"{index}: tensor '{key}' should be in '{name}', which does not hold it. "
+                    "Index and shards must come from the same save: download the whole adapter again."
                 )
         for name, shard in shards.items():
             for key in shard.specs:
@@ -165,7 +176,7 @@ class ShardedTensors(TensorSource):
         return self._shards[key].read(key)
 
 
-def _read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, object]], int]:
+def _read_safetensors_header(path: Path) -> tuple[dict[str, _HeaderEntry], int]:
     """The entries of a header that the library has found valid, and the position at which the data start."""
     try:
         with safe_open(path, framework="pt", device="cpu"):
@@ -183,14 +194,14 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, object]], 
     return header, _HEADER_LENGTH_BYTES + length
 
 
-def _spec(entry: Mapping[str, object], *, key: str, path: Path) -> TensorSpec:
-    name, shape = entry["dtype"], entry["shape"]
-    if not isinstance(name, str) or name not in DTYPES or not isinstance(shape, list):
+def _spec(entry: _HeaderEntry, *, key: str, path: Path) -> TensorSpec:
+    name = entry["dtype"]
+    if name not in DTYPES:
         raise CheckpointError(
             f"{path}: tensor '{key}' has type {name}; the types that can be read are {', '.join(DTYPES)}. "
             "Save the adapter in float32, float16 or bfloat16."
         )
-    return TensorSpec(DTYPES[name], tuple(shape))
+    return TensorSpec(DTYPES[name], tuple(entry["shape"]))
 
 
 def _advice_on_corrupt_file(path: Path) -> str:
@@ -201,10 +212,10 @@ def _advice_on_corrupt_file(path: Path) -> str:
     if start.startswith(b"version https://"):
         return "It is a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository."
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "It looks like a PyTorch pickle: name it 'adapter_model.bin', or convert it with safetensors.torch.save_file."
+        return "It looks like a PyTorch pickle: name it 'adapter_model.bin', or convert it to safetensors."
     return (
-        f"Found {size_bytes} bytes; expected an 8-byte header length, a JSON header, and data that the header's offsets cover "
-        "exactly. The file is probably truncated: copy or download it again."
+        f"Found {size_bytes} bytes; expected an 8-byte header length, a JSON header, and data that its "
+        "offsets cover exactly. The file is probably truncated: copy or download it again."
     )
 
 
@@ -233,7 +244,10 @@ def _why_refused(message: str) -> str:
     """What an ``UnpicklingError`` of ``torch.load(weights_only=True)`` means."""
     culprit = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", message)
     if culprit is None:
-        return "not a valid PyTorch file (its pickle cannot be parsed). Copy or download it again."
+        return (
+            "not a plain PyTorch file: its pickle is corrupt or holds more than tensors. Nothing in it was run. "
+            "Copy or download it again, or convert it to safetensors where it comes from."
+        )
     return (
         f"this pickle wants to run code ('{culprit[1]}') when it is loaded, and was refused. "
         "Convert it to safetensors where it comes from; load it by other means only if you trust its author."
@@ -243,13 +257,13 @@ def _why_refused(message: str) -> str:
 def _check_dense(key: object, value: object, where: str) -> None:
     if not isinstance(key, str) or not isinstance(value, Tensor):
         raise CheckpointError(
-            f"{where}: entry {key!r} is a {type(value).__name__}; expected tensors by name only. Save the adapter's state dict "
-            "alone, as PeftModel.save_pretrained does."
+            f"{where}: entry {key!r} is a {type(value).__name__}; expected tensors by name only. Save the adapter's "
+            "state dict alone, as PeftModel.save_pretrained does."
         )
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         raise CheckpointError(
-            f"{where}: tensor '{key}' is sparse, quantised or without data; expected a dense tensor. Save it with .to_dense() "
-            "or .dequantize()."
+            f"{where}: tensor '{key}' is sparse, quantised or without data; expected a dense tensor. Save it with "
+            ".to_dense() or .dequantize()."
         )
 
 

@@ -8,7 +8,7 @@ from mergekit_lowrank.lowrank.decompositions import (
 )
 from mergekit_lowrank.lowrank.products import distance, inner, norm
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes
-from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, factorise
+from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, factorise, spectrum_of
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "kth_magnitudes",
     "left_singular_basis",
     "norm",
+    "spectrum_of",
 ]

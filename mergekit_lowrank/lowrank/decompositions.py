@@ -15,7 +15,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mergekit_lowrank.lowrank.updates import LowRankUpdate
 
-__all__ = ["JointDecomposition", "fix_signs", "in_double", "joint_decomposition", "left_singular_basis", "svd", "thin_qr"]
+__all__ = [
+    "JointDecomposition",
+    "fix_signs",
+    "in_double",
+    "joint_decomposition",
+    "left_singular_basis",
+    "svd",
+    "thin_qr",
+]
 
 SMALL_SIDE = 512
 """Decompositions whose smaller side is at most this run on the CPU: the transfer costs less than a GPU's launch of many
@@ -71,7 +79,8 @@ def left_singular_basis(matrix: Tensor) -> Tensor:
     q, r = thin_qr(matrix)
     u, s, vh = svd(r)
     kept = int((s > max(matrix.shape) * torch.finfo(s.dtype).eps * s.max()).sum()) if s.numel() else 0
-    return fix_signs(q @ u[:, :kept], vh[:kept])[0]
+    left, _ = fix_signs(q @ u[:, :kept], vh[:kept])
+    return left
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +101,8 @@ class JointDecomposition:
 
     def right_norms(self) -> Tensor:
         """(N, k): ‖row i of V_tᵀ‖₂, from the cores alone since the bases are orthonormal."""
-        return torch.linalg.vector_norm(self.right_cores, dim=2)
+        norms: Tensor = torch.linalg.vector_norm(self.right_cores, dim=2)
+        return norms
 
 
 def joint_decomposition(updates: Sequence[LowRankUpdate], rank_tolerance: float) -> JointDecomposition:
@@ -118,7 +128,7 @@ def joint_decomposition(updates: Sequence[LowRankUpdate], rank_tolerance: float)
     u, s, vh = svd(torch.cat(cores, dim=1))
     kept = int((s > rank_tolerance * s.max()).sum()) if s.numel() else 0
     left, right = fix_signs(q_b @ u[:, :kept], vh[:kept])
-    blocks = right.split([basis.shape[0] for basis in bases], dim=1)
+    blocks = torch.split(right, [basis.shape[0] for basis in bases], dim=1)
     return JointDecomposition(
         left,
         s[:kept],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,12 +24,12 @@ def _inner_low(x: LowRankUpdate, y: LowRankUpdate) -> float:
 
 def _inner_mixed(x: DenseUpdate, y: LowRankUpdate) -> float:
     a = in_double(y.a).T
-    blocks = zip(x.delta.split(ROW_BLOCK), y.b.split(ROW_BLOCK), strict=True)
+    blocks = zip(torch.split(x.delta, ROW_BLOCK), torch.split(y.b, ROW_BLOCK), strict=True)
     return sum(float(((in_double(rows) @ a) * in_double(b)).sum()) for rows, b in blocks) * y.scaling
 
 
 def _inner_dense(x: DenseUpdate, y: DenseUpdate) -> float:
-    blocks = zip(x.delta.split(ROW_BLOCK), y.delta.split(ROW_BLOCK), strict=True)
+    blocks = zip(torch.split(x.delta, ROW_BLOCK), torch.split(y.delta, ROW_BLOCK), strict=True)
     return sum(float((in_double(p) * in_double(q)).sum()) for p, q in blocks)
 
 
@@ -47,7 +48,7 @@ def inner(x: Update, y: Update) -> float:
 
 def norm(update: Update) -> float:
     """Frobenius norm of a delta; exactly zero for a zero factor."""
-    return max(inner(update, update), 0.0) ** 0.5
+    return math.sqrt(max(inner(update, update), 0.0))
 
 
 def distance(update: LowRankUpdate, targets: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> float:

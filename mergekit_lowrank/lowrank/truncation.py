@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr
 from mergekit_lowrank.lowrank.updates import LowRankUpdate, Update
 
-__all__ = ["Spectrum", "Truncation", "factorise"]
+__all__ = ["Spectrum", "Truncation", "factorise", "spectrum_of"]
 
 EXACT_SIDE = 768
 """Dense deltas whose smaller side is at most this are decomposed exactly."""
@@ -76,6 +76,13 @@ def _factorise_low(update: LowRankUpdate) -> Truncation:
     return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
 
 
+def spectrum_of(update: LowRankUpdate) -> Spectrum:
+    """The singular values of a low-rank update, from its core; no vectors."""
+    r_b, r_a = torch.linalg.qr(update.b, mode="r").R, torch.linalg.qr(update.a.T, mode="r").R
+    values = torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()).double()
+    return Spectrum(values, float(values.square().sum()), complete=True)
+
+
 def _factorise_dense(delta: Tensor) -> Truncation:
     u, s, vh = svd(delta)
     left, right = fix_signs(u, vh)
@@ -125,5 +132,3 @@ def factorise(update: Update, rank: int, generator: torch.Generator) -> Truncati
     if min(update.shape) <= max(EXACT_SIDE, rank):
         return _factorise_dense(update.delta)
     return _randomised(update.delta, rank, generator)
-
-

@@ -1,0 +1,44 @@
+"""The recipe: strict models of the YAML, loading with positions, values per module, and references to models."""
+
+from mergekit_lowrank.recipe.document import write_yaml
+from mergekit_lowrank.recipe.models import (
+    Energy,
+    InMemoryAdapter,
+    ModelEntry,
+    Output,
+    Rank,
+    Recipe,
+    Retention,
+    Rule,
+    Scale,
+    recipe_schema,
+)
+from mergekit_lowrank.recipe.origin import Loc
+from mergekit_lowrank.recipe.references import resolve_model
+from mergekit_lowrank.recipe.source import load_recipe, parse_recipe
+from mergekit_lowrank.recipe.values import Depths, Filtered, Scalar, Value, leaves, matches, resolve
+
+__all__ = [
+    "Depths",
+    "Energy",
+    "Filtered",
+    "InMemoryAdapter",
+    "Loc",
+    "ModelEntry",
+    "Output",
+    "Rank",
+    "Recipe",
+    "Retention",
+    "Rule",
+    "Scalar",
+    "Scale",
+    "Value",
+    "leaves",
+    "load_recipe",
+    "matches",
+    "parse_recipe",
+    "recipe_schema",
+    "resolve",
+    "resolve_model",
+    "write_yaml",
+]

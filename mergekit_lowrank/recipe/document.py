@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -63,11 +65,12 @@ def read_yaml(text: str, *, locate: Locate) -> Document:
 
 
 def write_yaml(data: object) -> str:
-    """``data`` as block-style YAML, keys in their order."""
+    """``data`` as YAML, keys in their order, what holds only scalars on one line."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel annotates its default, None
     yaml.width = 120
+    # The emitter folds these line breaks into plain ones, unless it escapes all that is not ASCII.
+    yaml.allow_unicode = not re.search("[\x85\u2028\u2029]", json.dumps(data, ensure_ascii=False))
     stream = io.StringIO()
     yaml.dump(data, stream)
     return stream.getvalue()

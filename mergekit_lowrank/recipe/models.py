@@ -92,7 +92,6 @@ Rank: TypeAlias = Annotated[
     told_as("'max', 'sum', a whole number of at least 1, or {energy: e} with 0 < e <= 1", "max", "sum"),
 ]
 
-COMPUTE_TYPES = ("float32", "float64")
 STORED_TYPES = ("float16", "bfloat16", "float32", "float64")
 MISSING_POLICIES = ("zero", "present", "error")
 
@@ -101,13 +100,13 @@ class ModelEntry(Strict):
     """One input of the merge."""
 
     model: Model = Field(
-        description="A path (relative to the recipe), or `org/name`, `org/name@revision` or `hf:org/name` on the Hugging "
-        "Face Hub. An existing path wins. In Python also an in-memory adapter."
+        description="A path (relative to the recipe), or `org/name`, `org/name@revision` or `hf:org/name` on the "
+        "Hugging Face Hub. An existing path wins. In Python also an in-memory adapter."
     )
     parameters: Parameters = Field(
         default={},
-        description="`weight` (1 when left out; may be negative) and whatever the method takes per input. Wins over the "
-        "parameters of the recipe.",
+        description="`weight` (1 when left out; may be negative) and whatever the method takes per input. Wins over "
+        "the parameters of the recipe.",
     )
 
 
@@ -116,8 +115,8 @@ class Output(Strict):
 
     rank: Rank = Field(
         default="max",
-        description="`max`: the largest rank of the inputs; `sum`: their ranks together; a number; or `{energy: 0.99}`: "
-        "the smallest rank that keeps that share of the merged update.",
+        description="`max`: the largest rank of the inputs; `sum`: their ranks together; a number; or "
+        "`{energy: 0.99}`: the smallest rank that keeps that share of the merged update.",
     )
     uniform_rank: Annotated[bool, told_as("true or false")] = Field(
         default=True,
@@ -130,8 +129,8 @@ class Rule(Strict):
     """Different settings for the modules that a pattern matches; the first rule that matches wins."""
 
     match: Pattern = Field(
-        description="Part of a module's name; or `glob:` and a pattern of the whole name; or `regex:` and an expression "
-        "to find in it."
+        description="Part of a module's name; or `glob:` and a pattern of the whole name; or `regex:` and an "
+        "expression to find in it."
     )
     merge_method: Method | None = Field(
         default=None,
@@ -169,13 +168,10 @@ class Recipe(Strict):
         description="What multiplies the merged update: a number; `{retention: k}`, the share of the inputs that "
         "survives; or `auto`, retention N^-0.4 for N inputs. mergekit's `parameters.lambda` is read as this.",
     )
-    output: Output = Field(default=Output(), description="How the merged update is written.")
+    output: Output = Field(default=Output(), description="The rank of what is written, and its form.")
     dtype: Annotated[
         Literal["float32", "float64"],
-        told_as(
-            "'float32' or 'float64' (the type that is computed in; for the stored type write, say, 'out_dtype: bfloat16')",
-            *COMPUTE_TYPES,
-        ),
+        told_as("'float32' or 'float64', the type computed in; for the stored type write, say, 'out_dtype: bfloat16'"),
     ] = Field(default="float32", description="The type that is computed in.")
     out_dtype: (
         Annotated[
@@ -188,14 +184,15 @@ class Recipe(Strict):
         Literal["zero", "present", "error"], told_as("'zero', 'present' or 'error'", *MISSING_POLICIES)
     ] = Field(
         default="zero",
-        description="For a module that some inputs lack. `zero`: they contribute nothing there; `present`: the weights are "
-        "renormalised over those that have it; `error`: refuse.",
+        description="For a module that some inputs lack. `zero`: they contribute nothing there; `present`: the weights "
+        "are renormalised over those that have it; `error`: refuse.",
     )
     rules: Annotated[tuple[Rule, ...], LIST_TO_TUPLE] = Field(
         default=(), description="Other settings for some modules; the first rule that matches wins."
     )
     base_model: Text | None = Field(
-        default=None, description="The base model, a path or Hugging Face id, where a method or the model card needs it."
+        default=None,
+        description="The base model, a path or Hugging Face id, where a method or the model card needs it.",
     )
     seed: Annotated[
         int, Field(ge=0, le=INT64_MAX), told_as(f"a whole number between 0 and 2^{INT64_MAX.bit_length()} - 1")

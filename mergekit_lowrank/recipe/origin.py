@@ -69,4 +69,4 @@ def shown(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = SHOWN_CHARACTERS
-    return " ".join(short.repr(value).split())
+    return " ".join(short.repr(list(value) if isinstance(value, tuple) else value).split())

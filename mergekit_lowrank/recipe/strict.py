@@ -28,9 +28,9 @@ class Strict(BaseModel):
     )
 
 
-def expected(what: str, *, at: Loc = ()) -> PydanticCustomError:
-    """The error of a value that is not ``what``; ``at`` leads from the field to the value inside it."""
-    return PydanticCustomError("expected", "expected {what}", {"what": what, "at": at})
+def expected(what: str, *, at: Loc = (), **found: object) -> PydanticCustomError:
+    """The error of a value that is not ``what``; ``at`` leads from the field to the value ``found`` inside it."""
+    return PydanticCustomError("expected", "expected {what}", {"what": what, "at": at, **found})
 
 
 def refused(why: str, *, at: Loc = ()) -> PydanticCustomError:

@@ -6,11 +6,11 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from mergekit_lowrank.recipe.origin import Loc, dotted, shown
+from mergekit_lowrank.recipe.origin import Loc, shown
 from mergekit_lowrank.recipe.strict import LIST_TO_TUPLE, Strict, expected, refused, told_as
 
 __all__ = [
@@ -32,16 +32,16 @@ INT64_MAX = 2**63 - 1
 
 PARAMETERS_INSTEAD = {
     "int8_mask": "leave it out: modules are merged one at a time, so masks need no saving",
-    "lambda": "write 'scale', which multiplies the merged update, beside 'merge_method' or in a rule",
+    "lambda": "write 'scale' beside 'merge_method' (where both stand, they must be equal)",
 }
 """Parameters of mergekit's that are none here, and what to do instead."""
 
 
 def _check_pattern(pattern: str) -> str:
-    kind, _, expression = pattern.rpartition(":") if pattern in ("glob:", "regex:") else pattern.partition(":")
-    if kind in ("glob", "regex") and not expression:
+    kind, colon, expression = pattern.partition(":")
+    if kind in ("glob", "regex") and colon and not expression:
         raise expected(f"a pattern after '{kind}:'")
-    if kind == "regex":
+    if kind == "regex" and colon:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # what Python only warns about is ambiguous
@@ -71,7 +71,9 @@ def _single_shape(value: Any) -> str:
 def _default_comes_last(entries: tuple[Filtered, ...]) -> tuple[Filtered, ...]:
     for index, entry in enumerate(entries[:-1]):
         if entry.filter in (None, "*"):
-            raise refused("this entry takes every module, so the entries after it never apply; put it last", at=(index,))
+            raise refused(
+                "this entry takes every module, so the entries after it never apply; put it last", at=(index,)
+            )
     return entries
 
 
@@ -83,11 +85,10 @@ Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), told_as("a finite number")]
 
 Scalar = Annotated[
-    bool
+    Annotated[bool, Field(strict=True)]
     | Annotated[int, Field(strict=True, ge=-INT64_MAX, le=INT64_MAX)]
     | Annotated[float, Field(strict=True, allow_inf_nan=False)]
     | Annotated[str, Field(strict=True)],
-    Field(strict=True),
     told_as("a finite number, text, true, false or a list (of numbers over depth, or of {filter, value})"),
 ]
 
@@ -100,8 +101,8 @@ class Filtered(Strict):
 
     filter: Pattern | None = Field(
         default=None,
-        description="Part of a module's name; or `glob:` and a pattern of the whole name; or `regex:` and an expression "
-        "to find in it. Left out or `*`: every module.",
+        description="Part of a module's name; or `glob:` and a pattern of the whole name; or `regex:` and an "
+        "expression to find in it. Left out or `*`: every module.",
     )
     value: Annotated[
         Annotated[Scalar, Tag("<scalar>")] | Annotated[Gradient, Tag("<gradient>")], Discriminator(_single_shape)
@@ -111,9 +112,7 @@ class Filtered(Strict):
 Filters = Annotated[tuple[Filtered, ...], LIST_TO_TUPLE, AfterValidator(_default_comes_last)]
 
 Value = Annotated[
-    Annotated[Scalar, Tag("<scalar>")]
-    | Annotated[Gradient, Tag("<gradient>")]
-    | Annotated[Filters, Tag("<filters>")],
+    Annotated[Scalar, Tag("<scalar>")] | Annotated[Gradient, Tag("<gradient>")] | Annotated[Filters, Tag("<filters>")],
     Discriminator(_shape),
 ]
 """A scalar; a list of numbers, interpolated over depth; or a list of ``{filter, value}``, the first match wins."""
@@ -122,7 +121,7 @@ Value = Annotated[
 def _weight_is_numeric(parameters: dict[str, Value]) -> dict[str, Value]:
     for at, leaf in leaves(parameters.get("weight", 1.0)):
         if isinstance(leaf, bool | str):
-            raise expected("a finite number", at=("weight", *at))
+            raise expected("a finite number", at=("weight", *at), found=leaf)
     return parameters
 
 
@@ -136,7 +135,7 @@ def leaves(value: Value) -> Iterator[tuple[Loc, Scalar]]:
     if not isinstance(value, tuple):
         yield (), value
         return
-    for index, entry in enumerate(value):
+    for index, entry in enumerate(cast("tuple[Filtered | float, ...]", value)):
         if isinstance(entry, Filtered):
             yield from (((index, "value", *at), leaf) for at, leaf in leaves(entry.value))
         else:
@@ -157,8 +156,8 @@ def resolve(value: Value, module: str, *, depth: float) -> Scalar | None:
     if not isinstance(value, tuple):
         return value
     if not isinstance(value[0], Filtered):
-        return _interpolate(cast("Gradient", value), depth)
-    for entry in cast("Filters", value):
+        return _interpolate(value, depth)
+    for entry in value:
         if entry.filter is None or matches(entry.filter, module):
             return resolve(entry.value, module, depth=depth)
     return None
@@ -175,14 +174,14 @@ def _interpolate(points: Sequence[float], depth: float) -> float:
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?=\.|$)")
-_BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:embed(?!_out)|patch|wte|wpe|stem|conv_in|proj_in)(?![a-z]*_out)")
+_BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:embed(?!_out)|patch|wte|wpe|stem|conv_in|proj_in)")
 
 
 class Depths:
     """How deep each module lies, 0 at the first layer and 1 at the last of its tower, whatever the modules' order.
 
-    The layer is the first number that follows ``layers``, ``layer``, ``h``, ``blocks`` or ``block`` in a name. What stands
-    before it names the tower (a text and a vision encoder have their own counts). A tower of one layer has depth 0.
+    The layer is the first number that follows ``layers``, ``layer``, ``h``, ``blocks`` or ``block`` in a name. What
+    stands before it names the tower: a text and a vision encoder are counted apart. A tower of one layer has depth 0.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:

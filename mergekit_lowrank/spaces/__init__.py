@@ -8,9 +8,9 @@ from mergekit_lowrank.spaces.joint import JointCoordinates, JointParams, JointSp
 
 __all__ = [
     "BLOCK_ENTRIES",
+    "Coordinates",
     "CoreCoordinates",
     "CoreSpace",
-    "Coordinates",
     "DeltaCoordinates",
     "DeltaSpace",
     "FactorCoordinates",

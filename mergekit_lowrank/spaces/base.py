@@ -83,7 +83,7 @@ class Part:
 
     @property
     def inputs(self) -> int:
-        """n."""
+        """N."""
         return len(self.weights)
 
     @property
@@ -144,11 +144,13 @@ class Space(ABC):
         name: as recipes call it.
         summary: one sentence.
         Params: its parameters; names must not clash with those of strategies.
+        is_dense: whether the merged update is a whole matrix.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Params: ClassVar[type[SpaceParams]] = SpaceParams
+    is_dense: ClassVar[bool] = False
 
     def __init__(self, params: SpaceParams) -> None:
         self.params = params
@@ -161,6 +163,10 @@ class Space(ABC):
             updates: on one device, in one floating-point type of at least 32 bits.
             weights: the recipe's coefficients; the space decides where they enter.
         """
+
+    def merged_rank(self, shape: ModuleShape) -> int:
+        """An upper bound of the rank of a merged update."""
+        return min(shape.joint_rank, shape.d_out, shape.d_in)
 
     @abstractmethod
     def working_entries(self, shape: ModuleShape) -> int:

@@ -36,11 +36,16 @@ class DeltaSpace(Space):
     """Coordinates are the entries of the delta."""
 
     name = "delta"
+    is_dense = True
     summary = "the entries of ΔW = s·B·A, made in row blocks; the result is dense and is then cut to a rank"
 
     def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> DeltaCoordinates:
         """Coordinates that read blocks of rows on demand."""
         return DeltaCoordinates(updates, weights)
+
+    def merged_rank(self, shape: ModuleShape) -> int:
+        """A dense result may have full rank."""
+        return min(shape.d_out, shape.d_in)
 
     def working_entries(self, shape: ModuleShape) -> int:
         """The merged matrix and one block."""

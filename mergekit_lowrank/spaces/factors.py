@@ -55,6 +55,10 @@ class FactorSpace(Space):
         """Padded stacks of both factors."""
         return FactorCoordinates(updates, weights)
 
+    def merged_rank(self, shape: ModuleShape) -> int:
+        """The largest input rank: the factors are merged component by component."""
+        return max(shape.ranks)
+
     def working_entries(self, shape: ModuleShape) -> int:
         """Both stacks and both merged factors."""
         return (shape.inputs + 1) * max(shape.ranks) * (shape.d_out + shape.d_in)

@@ -105,6 +105,9 @@ class Survey(ABC):
         """Take the sum of one round in; whether another round is needed."""
 
 
+BaseParams = Params
+
+
 class Strategy(ABC):
     """A merge method. One instance serves every module that shares its parameters, from several threads.
 
@@ -122,13 +125,13 @@ class Strategy(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
-    Params: ClassVar[type[Params]] = Params
+    Params: ClassVar[type[BaseParams]] = BaseParams
     spaces: ClassVar[tuple[str, ...]]
     space_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     is_random: ClassVar[bool] = False
     is_order_free: ClassVar[bool] = True
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: BaseParams) -> None:
         self.params = params
 
     @abstractmethod
@@ -191,7 +194,7 @@ class ElementwiseStrategy(Strategy):
 
 
 def column(values: Sequence[float], part: Part) -> Tensor:
-    """n numbers as an (n, 1, 1) tensor beside the blocks of a part."""
+    """N numbers as an (n, 1, 1) tensor beside the blocks of a part."""
     return torch.tensor(values, dtype=part.dtype, device=part.device).view(-1, 1, 1)
 
 

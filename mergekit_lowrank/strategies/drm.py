@@ -12,7 +12,7 @@ from mergekit_lowrank.spaces import Coordinates, JointCoordinates, Part
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy, column
 from mergekit_lowrank.strategies.stages import disjoint_mean, elect_sign, keep_agreeing, trim_by_magnitude
 
-__all__ = ["PRESETS", "Drm"]
+__all__ = ["Drm"]
 
 NOISE_FLOOR = 4.0
 """In units of ε: a task's share of a direction at or below this is rounding, and stays zero instead of being
@@ -87,6 +87,3 @@ class Drm(Strategy):
             majority = 1 if total > 0 else -1
             merged = unit.merged(lambda block: merge(block, majority))
         return merged
-
-
-PRESETS = ()

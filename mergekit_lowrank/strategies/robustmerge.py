@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,7 +12,7 @@ from mergekit_lowrank.spaces import Coordinates, ModuleShape
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy
 from mergekit_lowrank.strategies.stages import trim_by_magnitude
 
-__all__ = ["PRESETS", "RobustMerge"]
+__all__ = ["RobustMerge"]
 
 
 class RobustMergeParams(Params):
@@ -85,10 +83,6 @@ class RobustMerge(Strategy):
         ordered = ratio.sort().values
         return ratio.clamp(min=ordered[min(int(rank * (1 - self.params.unlifted)), rank - 1)])
 
-
     def working_entries(self, shape: ModuleShape) -> int:
         """Both merged factors and the temporaries of one input's."""
         return 8 * max(shape.ranks) * (shape.d_out + shape.d_in)
-
-
-PRESETS = ()

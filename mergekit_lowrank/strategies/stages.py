@@ -25,6 +25,7 @@ def elect_sign(values: Tensor, method: Literal["total", "frequency"] = "total") 
 
     Args:
         values: (n, …), already trimmed; zero means "does not vote".
+        method: what is summed.
 
     Returns:
         (…), entries in {-1, 0, +1}; 0 where the votes cancel exactly or nobody votes.

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from mergekit_lowrank.lowrank import RadixSelection, kth_magnitudes
 from mergekit_lowrank.spaces import Coordinates, Part
-from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params, Preset, Survey, column, per_input
+from mergekit_lowrank.strategies.base import (
+    ElementwiseStrategy,
+    MergeContext,
+    Params,
+    Preset,
+    Survey,
+    column,
+    per_input,
+)
 from mergekit_lowrank.strategies.stages import (
     disjoint_max,
     disjoint_mean,

@@ -1,0 +1,194 @@
+"""One module: read → encode → merge → decode → scale → rank → cast → checked, and what there is to say about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_lowrank.engine.devices import move
+from mergekit_lowrank.engine.plan import ModulePlan, Plan
+from mergekit_lowrank.errors import OutputError, StrategyError
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, concatenate, distance, norm
+from mergekit_lowrank.policies import Compressed, retention
+from mergekit_lowrank.spaces import Coordinates
+from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
+
+__all__ = ["MergedModule", "ModuleRecord", "encode", "merge_module", "read_updates"]
+
+ENERGY_SHARE = 0.99
+"""The share for which the record names the rank that would keep it."""
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """What the report says about one module.
+
+    Attributes:
+        module: its name in the base model.
+        method: what merged it.
+        space: where.
+        participants: labels of the inputs that have it.
+        rank: directions in the merged update as kept (padding apart).
+        energy: ‖ΔW‖²_F of the merged update before it was cut.
+        kept_energy: share of it that was kept.
+        rank_for_99: the rank that keeps 99 % of it; None where the spectrum was not computed that far.
+        input_norms: ‖w_t ΔW_t‖_F of the participants.
+        merged_norm: ‖ΔW‖_F as written.
+        scale: factor of the scale policy.
+        retention: Σ w<M, ΔW> / Σ |w|<ΔW, ΔW> as written; None for zero inputs.
+        relative_error: ‖M − Σ c ΔW‖ / ‖Σ c ΔW‖ as written, c the weights the method aims at times ``scale``; None for a
+            zero sum.
+        wall_seconds: of its merge, reading apart.
+        warnings: what went differently than asked.
+    """
+
+    module: str
+    method: str
+    space: str
+    participants: tuple[str, ...]
+    rank: int
+    energy: float
+    kept_energy: float
+    rank_for_99: int | None
+    input_norms: tuple[float, ...]
+    merged_norm: float
+    scale: float
+    retention: float | None
+    relative_error: float | None
+    wall_seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class MergedModule:
+    """One module's result on the CPU in the stored type, all scaling in b.
+
+    Attributes:
+        name: the module.
+        b: (d_out, rank).
+        a: (rank, d_in).
+        record: for the report.
+    """
+
+    name: str
+    b: Tensor
+    a: Tensor
+    record: ModuleRecord
+
+
+def read_updates(plan: Plan, module: ModulePlan) -> list[LowRankUpdate]:
+    """The participants' updates as stored, on the CPU."""
+    return [plan.inputs[t].read(module.name) for t in module.participants]
+
+
+def context_of(plan: Plan, module: ModulePlan, survey: Survey | None) -> MergeContext:
+    """What the strategy may know of the module."""
+    return MergeContext(
+        module=module.name,
+        participants=module.participants,
+        weights=module.weights,
+        total_weight=module.total_weight,
+        input_params=tuple(module.group.input_params[t] for t in module.participants),
+        survey=survey,
+        seed=plan.recipe.seed,
+    )
+
+
+def encode(
+    plan: Plan, module: ModulePlan, stored: Sequence[LowRankUpdate], device: torch.device, survey: Survey | None
+) -> tuple[Coordinates, MergeContext]:
+    """The coordinates of one module and what goes with them."""
+    updates = move(stored, device, plan.compute_dtype)
+    return module.group.space.encode(updates, module.weights), context_of(plan, module, survey)
+
+
+def merge_module(
+    plan: Plan, module: ModulePlan, stored: Sequence[LowRankUpdate], device: torch.device, survey: Survey | None
+) -> MergedModule:
+    """The merged module.
+
+    Raises:
+        StrategyError: the strategy gave a wrong shape or values that are not finite.
+        OutputError: the stored type cannot hold the result.
+    """
+    start = time.perf_counter()
+    coordinates, context = encode(plan, module, stored, device, survey)
+    merged = module.group.strategy.merge(coordinates, context)
+    _check(merged, module)
+    updates = coordinates.updates
+    scaling = module.scale.scaling(merged, updates, module.weights)
+    generator = keyed_generator(plan.recipe.seed, module.name, "rank")
+    compressed = module.rank.compress(merged.scaled(scaling.factor), generator)
+    b, a = _stored(compressed.update, module, plan.out_dtype)
+    warnings = (scaling.warning,) if scaling.warning else ()
+    written = LowRankUpdate(b, a).to(device, plan.compute_dtype)
+    record = _record(plan, module, updates, compressed, written, scaling.factor)
+    record |= {"warnings": warnings, "wall_seconds": time.perf_counter() - start}
+    return MergedModule(module.name, b, a, ModuleRecord(**record))
+
+
+def _check(merged: Update, module: ModulePlan) -> None:
+    expected = (module.shape.d_out, module.shape.d_in)
+    who = f"strategy '{module.group.method}' on module '{module.name}'"
+    if not isinstance(merged, LowRankUpdate | DenseUpdate) or merged.shape != expected:
+        found = f"shape {merged.shape}" if isinstance(merged, LowRankUpdate | DenseUpdate) else f"{merged!r}"
+        raise StrategyError(f"{who} returned {found}; expected an update of shape {expected}")
+    tensors = [merged.delta] if isinstance(merged, DenseUpdate) else [merged.b, merged.a]
+    if not all(_is_finite(tensor) for tensor in tensors):
+        raise StrategyError(f"{who} returned values that are not finite. The inputs are finite, so this is its fault.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN propagates, and no mask is made
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """B with all scaling in it and a, on the CPU in the stored type: one rounding each."""
+    b, a = update.b.cpu(), update.a.cpu().to(dtype)
+    b = b.to(dtype) if update.scaling == 1 else (b.double() * update.scaling).to(dtype)
+    if not (_is_finite(b) and _is_finite(a)):
+        name = str(dtype).removeprefix("torch.")
+        raise OutputError(
+            f"module '{module.name}': the merged factors exceed the range of {name}; "
+            "set out_dtype: bfloat16 or float32, or a smaller scale"
+        )
+    return b, a
+
+
+def _record(
+    plan: Plan,
+    module: ModulePlan,
+    updates: Sequence[LowRankUpdate],
+    compressed: Compressed,
+    written: LowRankUpdate,
+    scale: float,
+) -> dict[str, Any]:
+    aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
+    target = norm(concatenate(updates, aims))
+    return {
+        "module": module.name,
+        "method": module.group.method,
+        "space": module.group.space.name,
+        "participants": tuple(plan.inputs[t].label for t in module.participants),
+        "rank": compressed.update.rank,
+        "energy": compressed.spectrum.energy,
+        "kept_energy": compressed.kept_energy,
+        "rank_for_99": compressed.spectrum.rank_for(ENERGY_SHARE),
+        "input_norms": tuple(abs(w) * norm(u) for u, w in zip(updates, module.weights, strict=True)),
+        "merged_norm": norm(written),
+        "scale": scale,
+        "retention": retention(written, updates, module.weights),
+        "relative_error": distance(written, updates, aims) / target if target > 0 else None,
+    }

@@ -1,0 +1,236 @@
+"""What the recipe says about one module: method, parameters, space, weights, scale and rank, all resolved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from mergekit_lowrank.errors import MergeError, RecipeError, nearest_name
+from mergekit_lowrank.policies import AutoScale, FixedScale, RetentionScale, ScalePolicy
+from mergekit_lowrank.recipe import Rank, Recipe, Retention, Rule, Scale, leaves, matches, resolve
+from mergekit_lowrank.registry import Registry
+from mergekit_lowrank.spaces import Space
+from mergekit_lowrank.strategies import Preset, Strategy
+
+__all__ = ["Group", "Settings", "SettingsResolver"]
+
+Loc = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Modules that share a method, its parameters and its space: one strategy, one survey.
+
+    Attributes:
+        key: text that two groups share exactly when they are one.
+        method: the name in the recipe.
+        strategy: the instance that merges them.
+        space: the instance that encodes them.
+        input_params: parameters of its own, for each input of the recipe.
+    """
+
+    key: str
+    method: str
+    strategy: Strategy
+    space: Space
+    input_params: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What the recipe says about one module."""
+
+    group: Group
+    weights: tuple[float, ...]
+    scale: ScalePolicy
+    rank: Rank
+    has_own_rank: bool
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """One place that settles a method: the recipe itself, or a rule."""
+
+    preset: Preset
+    space: type[Space]
+    sources: tuple[tuple[Mapping[str, Any], Loc], ...]
+    inherits_models: bool
+    rule: Rule | None = None
+    names: frozenset[str] = field(default_factory=frozenset)
+
+
+class SettingsResolver:
+    """Resolves the recipe's settings module by module; checks names and values once, when made.
+
+    Raises:
+        RecipeError, StrategyError: every unknown name and every value out of range, together.
+    """
+
+    def __init__(self, recipe: Recipe, registry: Registry) -> None:
+        self._recipe, self._registry = recipe, registry
+        self.problems: list[MergeError] = []
+        self._groups: dict[str, Group] = {}
+        self._general = self._scope(None, ())
+        self._rules = [(rule, self._scope(rule, ("rules", i))) for i, rule in enumerate(recipe.rules)]
+        self.unmatched = dict.fromkeys(range(len(recipe.rules)))
+        for scope in filter(None, (self._general, *(scope for _, scope in self._rules))):
+            self.problems += self._check_parameters(scope)
+
+    def _scope(self, rule: Rule | None, at: Loc) -> _Scope | None:
+        recipe, own_method = self._recipe, rule.merge_method if rule else None
+        try:
+            preset = self._registry.method(own_method or recipe.merge_method)
+        except RecipeError as error:
+            if not rule or own_method:
+                self.problems.append(recipe.problem((*at, "merge_method"), str(error)))
+            return None
+        inherited = rule is None or own_method is None
+        space = rule.space if rule and rule.space else recipe.space if inherited else None
+        try:
+            space_class = self._space(preset, space)
+        except RecipeError as error:
+            if not rule or rule.space or own_method:
+                self.problems.append(recipe.problem((*at, "space"), str(error)))
+            return None
+        sources = [(rule.parameters, (*at, "parameters"))] if rule else []
+        if inherited:
+            sources.append((recipe.parameters, ("parameters",)))
+        names = frozenset(preset.strategy.Params.model_fields) | frozenset(space_class.Params.model_fields)
+        return _Scope(preset, space_class, tuple(sources), inherited, rule, names)
+
+    def _space(self, preset: Preset, asked: str | None) -> type[Space]:
+        space = self._registry.space(asked or preset.space or preset.strategy.spaces[0])
+        allowed = (preset.space,) if preset.space else preset.strategy.spaces
+        if space.name not in allowed:
+            raise RecipeError(
+                f"'{preset.name}' does not work in space '{space.name}'; it works in {', '.join(allowed)}"
+            )
+        return space
+
+    def _check_parameters(self, scope: _Scope) -> Iterator[MergeError]:
+        own = scope.sources[0]
+        for name, value in own[0].items():
+            yield from self._check_parameter(scope, name, value, own[1], scope.names | {"weight"})
+        if scope.rule is None:
+            per_input = scope.preset.strategy.Params.per_input_names() | {"weight"}
+            for index, entry in enumerate(self._recipe.models):
+                for name, value in entry.parameters.items():
+                    at: Loc = ("models", index, "parameters")
+                    if name in scope.names and name not in per_input:
+                        yield self._recipe.problem(
+                            (*at, name),
+                            f"'{name}' belongs to the whole merge; move it to the top-level 'parameters'",
+                            key=True,
+                        )
+                    else:
+                        yield from self._check_parameter(scope, name, value, at, per_input)
+
+    def _check_parameter(
+        self, scope: _Scope, name: str, value: Any, at: Loc, known: frozenset[str]
+    ) -> Iterator[MergeError]:
+        if name not in known:
+            nearest = nearest_name(name, known)
+            hint = f"; did you mean '{nearest}'?" if nearest else "."
+            listing = ", ".join(sorted(known))
+            message = f"'{scope.preset.name}' has no parameter '{name}'{hint} It has: {listing}."
+            yield self._recipe.problem((*at, name), message, key=True)
+            return
+        if name == "weight":
+            return
+        for where, leaf in leaves(value):
+            problem = self._invalid(scope, name, leaf)
+            if problem:
+                yield self._recipe.problem((*at, name, *where), problem)
+
+    def _invalid(self, scope: _Scope, name: str, leaf: Any) -> str | None:
+        fields = {**scope.space.Params.model_fields, **scope.preset.strategy.Params.model_fields}
+        info = fields[name]
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info])
+        try:
+            adapter.validate_python(leaf, strict=True)
+        except ValidationError as error:
+            what = error.errors()[0]["msg"].removeprefix("Input should be ")
+            return f"expected {what}, found {leaf!r} ({info.description or 'see the parameter table'})"
+        return None
+
+    def of(self, module: str, depth: float) -> Settings:
+        """The settings of one module; ``problems`` must be empty."""
+        scope = self._matching(module)
+        chosen = self._chosen(scope, module, depth)
+        rule, recipe = scope.rule, self._recipe
+        inherits_scale = rule is None or rule.scale is None
+        own_rank = rule is not None and rule.rank is not None
+        return Settings(
+            group=self._group(scope, chosen, self._own(scope, module, depth)),
+            weights=tuple(float(w) for w in self._weights(scope, module, depth)),
+            scale=scale_policy(recipe.scale if inherits_scale else rule.scale),  # type: ignore[arg-type, union-attr]
+            rank=rule.rank if own_rank else recipe.output.rank,  # type: ignore[union-attr, arg-type]
+            has_own_rank=own_rank,
+        )
+
+    def _matching(self, module: str) -> _Scope:
+        for index, (rule, scope) in enumerate(self._rules):
+            if matches(rule.match, module):
+                self.unmatched.pop(index, None)
+                assert scope is not None  # noqa: S101 - problems are raised before
+                return scope
+        assert self._general is not None  # noqa: S101 - problems are raised before
+        return self._general
+
+    def _chosen(self, scope: _Scope, module: str, depth: float) -> dict[str, Any]:
+        fixed = {**scope.preset.strategy.space_defaults, **scope.preset.parameters}
+        chosen = {name: value for name, value in fixed.items() if name in scope.names}
+        for source, _ in reversed(scope.sources):
+            for name, value in source.items():
+                found = resolve(value, module, depth=depth)
+                if name != "weight" and found is not None:
+                    chosen[name] = found
+        return chosen
+
+    def _own(self, scope: _Scope, module: str, depth: float) -> list[dict[str, Any]]:
+        if not scope.inherits_models:
+            return [{} for _ in self._recipe.models]
+        resolved = [
+            {name: resolve(value, module, depth=depth) for name, value in entry.parameters.items() if name != "weight"}
+            for entry in self._recipe.models
+        ]
+        return [{name: value for name, value in own.items() if value is not None} for own in resolved]
+
+    def _weights(self, scope: _Scope, module: str, depth: float) -> Iterator[Any]:
+        shared = [source["weight"] for source, _ in scope.sources if "weight" in source]
+        for entry in self._recipe.models:
+            own = [entry.parameters["weight"]] if "weight" in entry.parameters else []
+            found = (resolve(value, module, depth=depth) for value in (*own, *shared))
+            yield next((value for value in found if value is not None), 1.0)
+
+    def _group(self, scope: _Scope, chosen: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> Group:
+        key = json.dumps([scope.preset.name, scope.space.name, chosen, own], sort_keys=True)
+        if key not in self._groups:
+            strategy = scope.preset.strategy
+            self._groups[key] = Group(
+                key=key,
+                method=scope.preset.name,
+                strategy=strategy(self._params(scope, strategy.Params, chosen)),
+                space=scope.space(self._params(scope, scope.space.Params, chosen)),
+                input_params=tuple(own),
+            )
+        return self._groups[key]
+
+    def _params(self, scope: _Scope, model: type[Any], chosen: Mapping[str, Any]) -> Any:
+        try:
+            params: BaseModel = model(**{name: value for name, value in chosen.items() if name in model.model_fields})
+        except ValidationError as error:
+            lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise self._recipe.problem(scope.sources[0][1], f"'{scope.preset.name}': {lines}") from error
+        return params
+
+
+def scale_policy(scale: Scale) -> ScalePolicy:
+    """The policy behind the recipe's ``scale``."""
+    if scale == "auto":
+        return AutoScale()
+    return RetentionScale(scale.retention) if isinstance(scale, Retention) else FixedScale(float(scale))

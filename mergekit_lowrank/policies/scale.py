@@ -1,0 +1,95 @@
+"""How large the merged update is made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, inner
+
+__all__ = ["AutoScale", "FixedScale", "RetentionScale", "ScalePolicy", "Scaling", "retention"]
+
+PLAUSIBLE = (0.1, 10.0)
+"""Factors outside are not trusted: opposed or nearly orthogonal results make retention meaningless."""
+AUTO_EXPONENT = -0.4
+"""``auto`` keeps N^-0.4 of the inputs: within about half a point of the coefficient tuned on validation data on the
+bundled real tasks, for every method tried there (docs/explanation/scale.md)."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The factor a policy decided on.
+
+    Attributes:
+        factor: what the merged update is multiplied by.
+        warning: why the policy fell back to 1; None when it did not.
+    """
+
+    factor: float
+    warning: str | None = None
+
+
+def retention(merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> float | None:
+    """Σ_t w_t <M, ΔW_t> / Σ_t |w_t| <ΔW_t, ΔW_t>: the share of the inputs that survives in M; None for zero inputs.
+
+    From r × r products for a low-rank M; a dense M is read once for each input.
+    """
+    energies = [abs(w) * inner(u, u) for u, w in zip(updates, weights, strict=True)]
+    if not sum(energies) > 0:
+        return None
+    return sum(w * inner(merged, u) for u, w in zip(updates, weights, strict=True) if w) / sum(energies)
+
+
+class ScalePolicy(ABC):
+    """Decides the factor of one module's merged update, before it is cut to a rank."""
+
+    @abstractmethod
+    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+        """The factor for ``merged``, made from ``updates`` with ``weights``."""
+
+
+@dataclass(frozen=True)
+class FixedScale(ScalePolicy):
+    """A number; 1 is the method's own scale."""
+
+    factor: float = 1.0
+
+    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+        """The number."""
+        return Scaling(self.factor)
+
+
+def _to_retention(target: float, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+    found = retention(merged, updates, weights)
+    if found is None:
+        return Scaling(1.0)
+    factor = target / found if found else float("inf")
+    if PLAUSIBLE[0] <= factor <= PLAUSIBLE[1]:
+        return Scaling(factor)
+    return Scaling(
+        1.0,
+        f"retention {found:.3g} would need the factor {factor:.3g} to become {target:.3g}, outside "
+        f"[{PLAUSIBLE[0]:g}, {PLAUSIBLE[1]:g}]; the method's own scale is kept (the inputs oppose each other here)",
+    )
+
+
+@dataclass(frozen=True)
+class RetentionScale(ScalePolicy):
+    """Scaled so that the share ``target`` of the inputs survives."""
+
+    target: float
+
+    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+        """The factor that gives the retention asked for, or 1 with a warning where that is implausible."""
+        return _to_retention(self.target, merged, updates, weights)
+
+
+@dataclass(frozen=True)
+class AutoScale(ScalePolicy):
+    """Scaled to retention N^-0.4, N the inputs that take part in the module with a weight and an update."""
+
+    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+        """The factor that gives retention N^-0.4, or 1 with a warning where that is implausible."""
+        active = sum(1 for u, w in zip(updates, weights, strict=True) if w and inner(u, u) > 0)
+        return _to_retention(max(active, 1) ** AUTO_EXPONENT, merged, updates, weights)

@@ -1,0 +1,73 @@
+"""``README.md`` of the output: a model card that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit_lowrank._version import __version__
+from mergekit_lowrank.engine import Plan
+from mergekit_lowrank.recipe import write_yaml
+from mergekit_lowrank.report.manifest import Digests
+from mergekit_lowrank.report.results import Report
+from mergekit_lowrank.report.summary import vllm_rank
+from mergekit_lowrank.strategies import Preset
+
+__all__ = ["model_card"]
+
+
+def model_card(plan: Plan, report: Report, method: Preset, digests: Digests) -> str:
+    """The card: metadata for the Hub, sources, method, what was kept, the recipe, how to load it."""
+    base = plan.base_model
+    metadata: dict[str, object] = {"library_name": "peft", "tags": ["lora", "merge", "mergekit-lowrank"]}
+    if base:
+        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+    sections = [_sources(plan, digests), _method(report, method), _recipe(plan), _loading(report, base)]
+    body = "\n\n".join("\n".join(section) for section in sections)
+    return f"---\n{write_yaml(metadata)}---\n\n# Merged adapter\n\n{body}\n"
+
+
+def _sources(plan: Plan, digests: Digests) -> Iterator[str]:
+    yield f"A merge of {len(plan.inputs)} LoRA adapters, made with mergekit-lowrank {__version__}."
+    yield ""
+    yield "| source | weight | sha256 of its tensors |"
+    yield "|---|---|---|"
+    for t, checkpoint in enumerate(plan.inputs):
+        tensors = [digests[path] for path in checkpoint.files if path in digests and path.suffix != ".json"]
+        hashes = "<br>".join(f"`{digest[:16]}…`" for digest in tensors) or "not recorded"
+        yield f"| `{checkpoint.label}` | {_weight(plan, t)} | {hashes} |"
+
+
+def _weight(plan: Plan, t: int) -> str:
+    weights = {m.weights[m.participants.index(t)] for m in plan.modules if t in m.participants}
+    low, high = min(weights), max(weights)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}, by module"
+
+
+def _method(report: Report, method: Preset) -> Iterator[str]:
+    yield "## Method"
+    yield ""
+    yield f"**{method.name}**: {method.summary}." + (f" {method.paper}." if method.paper else "")
+    yield ""
+    totals = report.totals
+    yield f"{totals.modules} modules at rank {report.rank}, {100 * totals.kept_energy:.2f} % of the merged energy kept."
+    if report.warnings:
+        yield ""
+        yield from (f"* {warning}" for warning in report.warnings)
+
+
+def _recipe(plan: Plan) -> Iterator[str]:
+    yield "## Recipe"
+    yield ""
+    yield f"```yaml\n{plan.recipe.to_yaml()}```"
+
+
+def _loading(report: Report, base: str | None) -> Iterator[str]:
+    yield "## Use"
+    yield ""
+    yield "Every server reads it alike: one rank, `lora_alpha` equal to `r`, all scaling in the factors."
+    limit = vllm_rank(report.rank)
+    if limit is not None:
+        yield ""
+        yield "```console"
+        yield f"vllm serve {base or 'BASE_MODEL'} --enable-lora --max-lora-rank {limit} --lora-modules merged=PATH"
+        yield "```"

@@ -1,0 +1,136 @@
+"""What a merge did, as data: ``report.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_lowrank.engine import ModuleRecord, Plan
+
+__all__ = ["SCHEMA_VERSION", "InputSummary", "Report", "Totals", "build_report"]
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputSummary(_Frozen):
+    """One input over all modules."""
+
+    label: str = Field(description="what messages call it")
+    location: str = Field(description="as the recipe gave it")
+    base_model: str | None = Field(description="the base its configuration names")
+    modules: int = Field(description="how many of the merged modules it has")
+    weighted_norm: float = Field(description="‖w·ΔW‖_F over all modules")
+
+
+class Totals(_Frozen):
+    """The whole merge in numbers."""
+
+    modules: int
+    merged_norm: float = Field(description="‖ΔW‖_F over all modules, as written")
+    mean_input_norm: float = Field(description="mean of the inputs' weighted norms")
+    kept_energy: float = Field(description="share of Σσ² that the output rank kept, over all modules")
+    rank_for_99: int | None = Field(
+        description="the least rank that keeps 99 % of the energy in every module; null where it was not computed"
+    )
+    largest_relative_error: float | None = Field(description="over the modules, against the exact weighted sum")
+    bytes_read: int
+    bytes_written: int
+    wall_seconds: float
+
+
+class Report(_Frozen):
+    """What a merge did.
+
+    ``modules`` holds one entry for each module; the fields are those of ``ModuleRecord``.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    method: str
+    inputs: tuple[InputSummary, ...]
+    totals: Totals
+    rank: int = Field(description="of every module as written; the largest where ranks differ")
+    dtype: str
+    warnings: tuple[str, ...]
+    modules: tuple[Mapping[str, Any], ...]
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def build_report(
+    plan: Plan, records: Sequence[ModuleRecord], ranks: Mapping[str, int], *, wall_seconds: float
+) -> Report:
+    """The report of a finished merge.
+
+    Args:
+        plan: what was done.
+        records: one for each module.
+        ranks: of each module as written.
+        wall_seconds: of the whole merge.
+    """
+    inputs = tuple(_input_summary(plan, records, t) for t in range(len(plan.inputs)))
+    return Report(
+        method=plan.recipe.merge_method,
+        inputs=inputs,
+        totals=_totals(plan, records, ranks, inputs, wall_seconds),
+        rank=max(ranks.values()),
+        dtype=str(plan.out_dtype).removeprefix("torch."),
+        warnings=(*plan.warnings, *_gathered(records)),
+        modules=tuple({**record.to_dict(), "written_rank": ranks[record.module]} for record in records),
+    )
+
+
+def _input_summary(plan: Plan, records: Sequence[ModuleRecord], t: int) -> InputSummary:
+    checkpoint = plan.inputs[t]
+    norms = [
+        r.input_norms[r.participants.index(checkpoint.label)] for r in records if checkpoint.label in r.participants
+    ]
+    return InputSummary(
+        label=checkpoint.label,
+        location=checkpoint.location,
+        base_model=checkpoint.base_model,
+        modules=len(norms),
+        weighted_norm=math.hypot(*norms),
+    )
+
+
+def _totals(
+    plan: Plan,
+    records: Sequence[ModuleRecord],
+    ranks: Mapping[str, int],
+    inputs: Sequence[InputSummary],
+    wall_seconds: float,
+) -> Totals:
+    energy = sum(record.energy for record in records)
+    needed = [record.rank_for_99 for record in records]
+    errors = [record.relative_error for record in records if record.relative_error is not None]
+    entries = sum(ranks[m.name] * (m.shape.d_out + m.shape.d_in) for m in plan.modules)
+    return Totals(
+        modules=len(records),
+        merged_norm=math.hypot(*(record.merged_norm for record in records)),
+        mean_input_norm=sum(summary.weighted_norm for summary in inputs) / len(inputs),
+        kept_energy=sum(r.kept_energy * r.energy for r in records) / energy if energy else 1.0,
+        rank_for_99=None if None in needed else max(rank for rank in needed if rank is not None),
+        largest_relative_error=max(errors, default=None),
+        bytes_read=plan.bytes_read,
+        bytes_written=entries * plan.out_dtype.itemsize,
+        wall_seconds=wall_seconds,
+    )
+
+
+def _gathered(records: Sequence[ModuleRecord]) -> list[str]:
+    """Warnings of modules: each kind once, with its first example and a count."""
+    affected = [record for record in records if record.warnings]
+    if not affected:
+        return []
+    first = affected[0]
+    more = f" (and {len(affected) - 1} more modules; see report.json)" if len(affected) > 1 else ""
+    return [f"module '{first.module}': {first.warnings[0]}{more}"]

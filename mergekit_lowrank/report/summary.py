@@ -1,0 +1,64 @@
+"""The closing lines of a merge: what was merged, what was kept, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mergekit_lowrank.engine import format_bytes
+from mergekit_lowrank.report.results import Report
+
+__all__ = ["VLLM_RANKS", "closing_lines", "load_lines", "vllm_rank"]
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for ``--max-lora-rank``."""
+LARGE_RATIO = 2.0
+"""A merged norm above this many mean input norms is pointed out."""
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The least ``--max-lora-rank`` that loads an adapter of this rank; None beyond the largest."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def closing_lines(report: Report, location: str | None) -> Iterator[str]:
+    """The summary, a line at a time."""
+    totals = report.totals
+    yield (
+        f"Merged {len(report.inputs)} adapters with {report.method}: {totals.modules} modules, rank {report.rank}, "
+        f"{report.dtype}, {format_bytes(totals.bytes_written)} in {totals.wall_seconds:.1f} s"
+    )
+    norms = ", ".join(f"{summary.label} {summary.weighted_norm:.3g}" for summary in report.inputs)
+    yield f"  norms        inputs (times weight): {norms}; merged: {totals.merged_norm:.3g}"
+    yield f"  energy kept  {_percent(totals.kept_energy)} at rank {report.rank}; {_needed(report)}"
+    if totals.mean_input_norm and totals.merged_norm > LARGE_RATIO * totals.mean_input_norm:
+        ratio = totals.merged_norm / totals.mean_input_norm
+        yield (
+            f"  note         the merged norm is {ratio:.1f} times the mean input norm; "
+            "a method's own scale is seldom the best: try `scale: auto`"
+        )
+    for warning in report.warnings:
+        yield f"  warning      {warning}"
+    if location is not None:
+        yield from load_lines(report, location)
+
+
+def _percent(share: float) -> str:
+    """A share that was cut never reads as whole."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
+
+
+def _needed(report: Report) -> str:
+    if report.totals.rank_for_99 is None:
+        return "99 % in every module would need a higher rank than was decomposed (a dense result)"
+    return f"99 % in every module needs rank {report.totals.rank_for_99}"
+
+
+def load_lines(report: Report, location: str) -> Iterator[str]:
+    """How peft and vLLM load the result."""
+    base = next((summary.base_model for summary in report.inputs if summary.base_model), None) or "BASE_MODEL"
+    yield f"  peft         PeftModel.from_pretrained(base_model, {location!r})"
+    limit = vllm_rank(report.rank)
+    if limit is None:
+        yield f"  vLLM         takes ranks up to {VLLM_RANKS[-1]}; set output.rank to load this one there"
+    else:
+        yield f"  vLLM         vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules merged={location}"

@@ -1,0 +1,43 @@
+"""Tiny adapters for the tests of this room."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_lowrank.formats import tensor_names
+
+MODULES = ("layers.0.q", "layers.0.v", "layers.1.q")
+
+
+def config(**changes: object) -> dict[str, object]:
+    return {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "v"], **changes}
+
+
+def state_dict(
+    modules: Sequence[str] = MODULES,
+    *,
+    rank: int = 2,
+    d_out: int = 5,
+    d_in: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module in modules:
+        key_a, key_b = tensor_names(module)
+        tensors[key_a] = torch.randn(rank, d_in, generator=generator).to(dtype)
+        tensors[key_b] = torch.randn(d_out, rank, generator=generator).to(dtype)
+    return tensors
+
+
+def write_adapter(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, object]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(dict(tensors), path / "adapter_model.safetensors")
+    return path
