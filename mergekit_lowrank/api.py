@@ -244,3 +244,7 @@ def _check_output(output: Path, made: Plan) -> None:
                     f"the output {output} lies in the input '{checkpoint.label}' ({directory}); "
                     "choose another directory"
                 )
+            if target in directory.parents:  # replacing it would delete the input
+                raise OutputError(
+                    f"the output {output} holds the input '{checkpoint.label}' ({directory}); choose another directory"
+                )

@@ -207,7 +207,7 @@ def _look_up(known: Mapping[str, Kind], name: str, what: str, failed: Iterator[P
     if name in known:
         return known[name]
     nearest = nearest_name(name, known)
-    hint = f"; did you mean '{nearest}'?" if nearest else ""
+    hint = f"; did you mean '{nearest}'?" if nearest else "."
     broken = ", ".join(f"'{record.name}'" for record in failed)
     plugins = f" (plugins that failed to load: {broken}; see `mergekit-lowrank plugins`)" if broken else ""
     raise RecipeError(f"unknown {what} '{name}'{hint}{plugins} Known: {', '.join(sorted(known))}.")

@@ -65,10 +65,8 @@ def module_peak_bytes(
         rank: of the output, or a bound of it.
         compute_bytes: of one number in the compute type.
     """
-    merging = space.working_entries(shape) + strategy.working_entries(shape)
+    merging = strategy.working_entries(shape, space)
     # The result, its thin bases, and those of [result, inputs] for the error.
     result_rank = max(rank, min(shape.joint_rank, shape.d_out, shape.d_in))
     finishing = 4 * (shape.joint_rank + result_rank) * (shape.d_out + shape.d_in)
-    if space.is_dense:
-        finishing += 2 * shape.d_out * shape.d_in
     return stored_bytes + (shape.factor_entries + max(merging, finishing)) * compute_bytes

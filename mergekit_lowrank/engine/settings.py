@@ -149,7 +149,7 @@ class SettingsResolver:
     def _invalid(self, scope: _Scope, name: str, leaf: Any) -> str | None:
         fields = {**scope.space.Params.model_fields, **scope.preset.strategy.Params.model_fields}
         info = fields[name]
-        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info])
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info])  # type: ignore[arg-type]
         try:
             adapter.validate_python(leaf, strict=True)
         except ValidationError as error:

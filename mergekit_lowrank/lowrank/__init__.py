@@ -9,7 +9,7 @@ from mergekit_lowrank.lowrank.decompositions import (
 from mergekit_lowrank.lowrank.products import distance, inner, norm
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes
 from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, factorise, spectrum_of
-from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify
+from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify, padded_stacks
 
 __all__ = [
     "DenseUpdate",
@@ -30,5 +30,6 @@ __all__ = [
     "kth_magnitudes",
     "left_singular_basis",
     "norm",
+    "padded_stacks",
     "spectrum_of",
 ]

@@ -8,8 +8,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "densify"]
+__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "densify", "padded_stacks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,3 +95,11 @@ def concatenate(updates: Sequence[LowRankUpdate], coefficients: Sequence[float])
         return updates[0].scaled(coefficients[0])
     b = torch.cat([u.b * (u.scaling * c) for u, c in zip(updates, coefficients, strict=True)], dim=1)
     return LowRankUpdate(b, torch.cat([u.a for u in updates]))
+
+
+def padded_stacks(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor]:
+    """Both factors of n updates as stacks (n, d_out, r) and (n, r, d_in), zero-padded to the largest rank r; copies."""
+    rank = max(u.rank for u in updates)
+    b = torch.stack([pad(u.b, (0, rank - u.rank)) for u in updates])
+    a = torch.stack([pad(u.a, (0, 0, 0, rank - u.rank)) for u in updates])
+    return b, a

@@ -89,5 +89,6 @@ class EnergyRank(RankPolicy):
             truncation = factorise(update, min(asked, self.limit), generator.set_state(state))
             rank = truncation.spectrum.rank_for(self.share)
             if rank is not None or asked >= self.limit:
-                return Compressed(truncation.cut(max(1, rank or self.limit)), truncation.spectrum)
+                # A zero update needs rank 0 and gets one direction; a share that is never reached takes all.
+                return Compressed(truncation.cut(self.limit if rank is None else max(1, rank)), truncation.spectrum)
             asked *= 2

@@ -91,16 +91,15 @@ class Part:
         """Entries of one input's matrix, padding included."""
         return self.shape[0] * self.shape[1]
 
-    def slices(self) -> Iterator[slice]:
+    def slices(self) -> list[slice]:
         """The block boundaries along ``axis``; they depend on the shapes only."""
         length, other = self.shape[self.axis], self.shape[1 - self.axis]
-        step = max(1, BLOCK_ENTRIES // max(1, self.inputs * other))
-        for start in range(0, length, step):
-            yield slice(start, min(start + step, length))
+        width = max(1, BLOCK_ENTRIES // max(1, self.inputs * other))
+        return [slice(start, min(start + width, length)) for start in range(0, length, width)]
 
-    def blocks(self) -> Iterator[Tensor]:
-        """The coordinates in order, each block (n, …)."""
-        return map(self.read, self.slices())
+    def blocks(self, step: int = 1) -> Iterator[Tensor]:
+        """The coordinates in order, each block (n, …); with ``step`` only every so many-th block."""
+        return map(self.read, self.slices()[::step])
 
     def merged(self, merge: Callable[[Tensor], Tensor]) -> Tensor:
         """(rows, columns): ``merge`` applied to each block, (n, …) → (…), and put together."""
@@ -144,13 +143,11 @@ class Space(ABC):
         name: as recipes call it.
         summary: one sentence.
         Params: its parameters; names must not clash with those of strategies.
-        is_dense: whether the merged update is a whole matrix.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Params: ClassVar[type[SpaceParams]] = SpaceParams
-    is_dense: ClassVar[bool] = False
 
     def __init__(self, params: SpaceParams) -> None:
         self.params = params

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, padded_stacks
 from mergekit_lowrank.spaces.base import BLOCK_ENTRIES, Coordinates, ModuleShape, Part, Space
 
 __all__ = ["DeltaCoordinates", "DeltaSpace"]
@@ -21,11 +21,13 @@ class DeltaCoordinates(Coordinates):
         first = self.updates[0]
         entries = first.shape[0] * first.shape[1]
         sizes = (entries,) * len(self.updates)
-        part = Part("delta", first.shape, self.weights, sizes, 0, first.b.dtype, first.b.device, self._rows)
-        self.parts = (part,)
+        b, a = padded_stacks(self.updates)
+        b.mul_(torch.tensor([u.scaling for u in updates], dtype=b.dtype, device=b.device).view(-1, 1, 1))
 
-    def _rows(self, rows: slice) -> Tensor:
-        return torch.stack([(u.b[rows] * u.scaling) @ u.a for u in self.updates])
+        def rows(where: slice) -> Tensor:
+            return torch.bmm(b[:, where], a)
+
+        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, b.dtype, b.device, rows),)
 
     def decode(self, merged: Sequence[Tensor]) -> DenseUpdate:
         """The merged matrix is the update."""
@@ -36,7 +38,6 @@ class DeltaSpace(Space):
     """Coordinates are the entries of the delta."""
 
     name = "delta"
-    is_dense = True
     summary = "the entries of ΔW = s·B·A, made in row blocks; the result is dense and is then cut to a rank"
 
     def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> DeltaCoordinates:
@@ -48,5 +49,6 @@ class DeltaSpace(Space):
         return min(shape.d_out, shape.d_in)
 
     def working_entries(self, shape: ModuleShape) -> int:
-        """The merged matrix and one block."""
-        return shape.d_out * shape.d_in + max(BLOCK_ENTRIES, shape.inputs * shape.d_in)
+        """The merged matrix, once more when it is scaled, stacked factors and one block."""
+        stacks = shape.inputs * max(shape.ranks) * (shape.d_out + shape.d_in)
+        return 2 * shape.d_out * shape.d_in + stacks + max(BLOCK_ENTRIES, shape.inputs * shape.d_in)

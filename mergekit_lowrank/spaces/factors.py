@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from mergekit_lowrank.lowrank import LowRankUpdate
+from mergekit_lowrank.lowrank import LowRankUpdate, padded_stacks
 from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space
 
 __all__ = ["FactorCoordinates", "FactorSpace"]
@@ -28,9 +26,7 @@ class FactorCoordinates(Coordinates):
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
-        rank = max(u.rank for u in updates)
-        a = torch.stack([pad(u.a, (0, 0, 0, rank - u.rank)) for u in updates])
-        b = torch.stack([pad(u.b, (0, rank - u.rank)) for u in updates])
+        b, a = padded_stacks(self.updates)
         products = [w * u.scaling for w, u in zip(weights, updates, strict=True)]
         roots = [math.sqrt(abs(p)) for p in products]
         signed = [math.copysign(root, p) for root, p in zip(roots, products, strict=True)]

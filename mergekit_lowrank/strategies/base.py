@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
 from mergekit_lowrank.lowrank import Update
-from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Part
+from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Part, Space
 
 __all__ = [
     "ElementwiseStrategy",
@@ -159,9 +159,12 @@ class Strategy(ABC):
     def check_weights(self, weights: Sequence[float], total_weight: float) -> None:
         """Raise StrategyError for weights this method has no result for; called for every module by the plan."""
 
-    def working_entries(self, shape: ModuleShape) -> int:
-        """Upper estimate of the numbers held at once beyond inputs, coordinates and result: temporaries of a block."""
-        return 8 * max(BLOCK_ENTRIES, shape.inputs * max(shape.d_in, shape.d_out))
+    def working_entries(self, shape: ModuleShape, space: Space) -> int:
+        """Upper estimate of the numbers held at once while merging one module in ``space``, inputs apart.
+
+        By default what the space holds and the temporaries of one block.
+        """
+        return space.working_entries(shape) + 8 * max(BLOCK_ENTRIES, shape.inputs * max(shape.d_in, shape.d_out))
 
 
 class ElementwiseStrategy(Strategy):

@@ -10,13 +10,20 @@ from mergekit_lowrank.errors import StrategyError
 from mergekit_lowrank.lowrank import Update, kth_magnitudes
 from mergekit_lowrank.spaces import Coordinates, JointCoordinates, Part
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy, column
-from mergekit_lowrank.strategies.stages import disjoint_mean, elect_sign, keep_agreeing, trim_by_magnitude
+from mergekit_lowrank.strategies.stages import (
+    disjoint_mean,
+    elect_sign,
+    has_cancelled_votes,
+    keep_agreeing,
+    trim_by_magnitude,
+)
 
 __all__ = ["Drm"]
 
-NOISE_FLOOR = 4.0
-"""In units of ε: a task's share of a direction at or below this is rounding, and stays zero instead of being
-renormalised to a unit vector of noise (the reference divides by it)."""
+NOISE_FLOOR = 16.0
+"""In units of ε·σ_max: a task's part σ_i·‖V_t,i‖ of a direction at or below this is rounding of the joint SVD (measured
+on tasks that are zero: at most 4, for joint ranks up to 1024), and stays zero instead of being renormalised to a unit
+vector of noise (the reference divides by it)."""
 
 
 class DrmParams(Params):
@@ -56,28 +63,31 @@ class Drm(Strategy):
             raise StrategyError(f"'drm' works in space 'joint', not in {type(coordinates).__name__}")
         joint = coordinates.joint
         norms = joint.right_norms()
-        real = norms > NOISE_FLOOR * torch.finfo(norms.dtype).eps
+        sigma = joint.singular_values * norms
+        # The values descend; slicing keeps an empty decomposition empty.
+        real = sigma > NOISE_FLOOR * torch.finfo(norms.dtype).eps * joint.singular_values[:1]
         unit = coordinates.part(torch.where(real, 1 / torch.where(real, norms, 1), 0))
-        sigma = (joint.singular_values * norms * real).unsqueeze(2)
+        sigma = (sigma * real).unsqueeze(2)
         return coordinates.decode([self._merged(unit, sigma, self._threshold(unit))])
 
     def _threshold(self, unit: Part) -> float:
         entries = unit.inputs * unit.entries
         rank = 0 if self.params.density == 1 else entries - round(entries * self.params.density)
-        return kth_magnitudes(lambda: (b.unsqueeze(0) for b in unit.blocks()), [rank], entries, unit.dtype)[0]
+        # All inputs together: one stack of one.
+        return kth_magnitudes(lambda step: (b.unsqueeze(0) for b in unit.blocks(step)), [rank], entries, unit.dtype)[0]
 
     def _merged(self, unit: Part, sigma: Tensor, threshold: float) -> Tensor:
         weights = column(unit.weights, unit)
-        limit = torch.tensor(threshold, dtype=unit.dtype, device=unit.device)
+        limits = [threshold] * unit.inputs
         total, cancelled = 0, False
 
         def merge(block: Tensor, zero_sign: int = 0) -> Tensor:
             nonlocal total, cancelled
-            scaled = trim_by_magnitude(block, limit) * sigma
+            scaled = trim_by_magnitude(block, limits).mul_(sigma)
             sign = elect_sign(scaled)
             total += int(sign.sum(dtype=torch.float64))
-            cancelled = cancelled or bool(((sign == 0) & (scaled != 0).any(dim=0)).any())
-            agreeing = keep_agreeing(scaled, torch.where(sign == 0, zero_sign, sign)) * weights
+            cancelled = cancelled or has_cancelled_votes(scaled, sign)
+            agreeing = keep_agreeing(scaled, sign.add_((sign == 0) * zero_sign)).mul_(weights)
             if self.params.disjoint_mean:
                 return disjoint_mean(agreeing, torch.ones_like(weights), torch.ones_like(weights))
             return agreeing.sum(dim=0) / unit.inputs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
 from mergekit_lowrank.lowrank import Update, concatenate
-from mergekit_lowrank.spaces import Coordinates, ModuleShape
+from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params, Preset
 
 __all__ = ["PRESETS", "Linear"]
@@ -68,9 +68,9 @@ class Linear(ElementwiseStrategy):
         """Always."""
         return True
 
-    def working_entries(self, shape: ModuleShape) -> int:
-        """The concatenation."""
-        return shape.factor_entries
+    def working_entries(self, shape: ModuleShape, space: Space) -> int:
+        """The concatenation; in ``factors`` what every element-wise method holds."""
+        return super().working_entries(shape, space) if space.name == "factors" else shape.factor_entries
 
 
 PRESETS = (

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mergekit_lowrank.lowrank import LowRankUpdate, Update, kth_magnitude
-from mergekit_lowrank.spaces import Coordinates, ModuleShape
+from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy
 from mergekit_lowrank.strategies.stages import trim_by_magnitude
 
@@ -67,7 +67,7 @@ class RobustMerge(Strategy):
             return factor
         # As the code has it: a float product, then truncation.
         threshold = kth_magnitude(factor, max(1, int(factor.numel() * (1 - self.params.density))))
-        return trim_by_magnitude(factor, torch.tensor(threshold, dtype=factor.dtype, device=factor.device))
+        return trim_by_magnitude(factor.unsqueeze(0), [threshold])[0]
 
     def component_scales(self, a: Tensor, pruned: Tensor) -> Tensor:
         """(r,): what pruning left of each row of A, as a ratio ≥ 1, the smaller ones lifted.
@@ -83,6 +83,6 @@ class RobustMerge(Strategy):
         ordered = ratio.sort().values
         return ratio.clamp(min=ordered[min(int(rank * (1 - self.params.unlifted)), rank - 1)])
 
-    def working_entries(self, shape: ModuleShape) -> int:
-        """Both merged factors and the temporaries of one input's."""
-        return 8 * max(shape.ranks) * (shape.d_out + shape.d_in)
+    def working_entries(self, shape: ModuleShape, space: Space) -> int:
+        """The stacks of the space, both merged factors and the temporaries of one input's."""
+        return space.working_entries(shape) + 8 * max(shape.ranks) * (shape.d_out + shape.d_in)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from mergekit_lowrank.strategies.stages import (
     disjoint_max,
     disjoint_mean,
     elect_sign,
+    has_cancelled_votes,
     keep_agreeing,
     trim_by_magnitude,
 )
@@ -103,27 +105,27 @@ class Ties(ElementwiseStrategy):
         rank = size - int(size * density) + (0 if self.params.inclusive else 1)
         return min(rank, size)
 
-    def _thresholds(self, part: Part, context: MergeContext) -> Tensor:
+    def _thresholds(self, part: Part, context: MergeContext) -> list[float]:
         if isinstance(context.survey, TiesSurvey):
             found = context.survey.thresholds[part.name]
-            return column([found[t] for t in context.participants], part)
+            return [found[t] for t in context.participants]
         ranks = self.ranks_of_threshold(part, context)
-        return column(kth_magnitudes(part.blocks, ranks, part.entries, part.dtype), part)
+        return kth_magnitudes(part.blocks, ranks, part.entries, part.dtype)
 
-    def elected(self, part: Part, block: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    def elected(self, part: Part, block: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The trimmed entries (n, …) of a block and the elected signs (…), 0 where the votes cancel or are absent."""
         kept = trim_by_magnitude(block, thresholds)
         votes = kept * column(part.weights, part) if self.params.weighted_election else kept
         return kept, elect_sign(votes, self.params.elect)
 
-    def _merged(self, part: Part, thresholds: Tensor, zero_sign: int, tally: SignTally) -> Tensor:
+    def _merged(self, part: Part, thresholds: Sequence[float], zero_sign: int, tally: SignTally) -> Tensor:
         weights = column(part.weights, part)
         divisor = {"absolute_weights": weights.abs(), "weights": weights, "count": torch.ones_like(weights)}
 
         def merge(block: Tensor) -> Tensor:
             kept, sign = self.elected(part, block, thresholds)
             tally.add(kept, sign)
-            sign = torch.where(sign == 0, zero_sign, sign)
+            sign = sign.add_((sign == 0) * zero_sign)
             # A weighted election compares the sign of w·x, an unweighted one that of x.
             own_sign = sign * weights.sign() if self.params.weighted_election else sign
             agreeing = keep_agreeing(kept, own_sign)
@@ -156,7 +158,7 @@ class SignTally:
     def add(self, kept: Tensor, sign: Tensor) -> None:
         """Count the signs of one block."""
         self.total += int(sign.sum(dtype=torch.float64))
-        self.cancelled = self.cancelled or bool(((sign == 0) & (kept != 0).any(dim=0)).any())
+        self.cancelled = self.cancelled or has_cancelled_votes(kept, sign)
 
 
 class TiesSurvey(Survey):
@@ -203,7 +205,7 @@ class TiesSurvey(Survey):
 
     def _signs(self, part: Part, context: MergeContext) -> list[tuple[Any, Any]]:
         found = self.thresholds[part.name]
-        thresholds = column([found[t] for t in context.participants], part)
+        thresholds = [found[t] for t in context.participants]
         tally = SignTally()
         for block in part.blocks():
             tally.add(*self._strategy.elected(part, block, thresholds))

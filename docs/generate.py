@@ -1,0 +1,342 @@
+"""Rewrites the generated parts of the documentation: ``python docs/generate.py`` (``--check`` only compares).
+
+A page holds ``<!-- generated: NAME ARGUMENT -->`` … ``<!-- end -->``; what stands between is made by the function
+``NAME`` below from the models and the registry, so that no table can differ from the code. A console block after
+``<!-- checked output -->`` holds one command and what it prints; the command is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+from pydantic import BaseModel
+
+import mergekit_lowrank
+from mergekit_lowrank import Registry
+from mergekit_lowrank.engine import ModuleRecord
+from mergekit_lowrank.recipe import Energy, Filtered, ModelEntry, Output, Recipe, Retention, Rule
+from mergekit_lowrank.report.results import InputSummary, Report, Totals
+
+DOCS = Path(__file__).resolve().parent
+CONSOLE = re.compile(
+    r"(<!-- checked output -->\n```console\n\$ mergekit-lowrank (?P<line>.+)\n)(?P<output>(?:.*\n)*?)(```\n)"
+)
+"""A command and its output."""
+VARYING = (r"\bin \d+\.\d s\b", r"at most [\d.]+ \wiB")
+"""What differs from run to run and from machine to machine: seconds, and the default of --memory."""
+BLOCK = re.compile(r"(<!-- generated: (?P<call>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+RECIPE_PARTS = {model.__name__: model for model in (Recipe, ModelEntry, Output, Rule, Filtered, Retention, Energy)}
+REPORT_PARTS = {model.__name__: model for model in (Report, Totals, InputSummary)}
+INT64_MAX = 2**63 - 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite every page, or name the stale ones."""
+    made = {page: rewritten(page) for page in pages()}
+    stale = {page: text for page, text in made.items() if text != page.read_text(encoding="utf-8")}
+    for page, text in stale.items():
+        print(page.relative_to(DOCS.parent), "is stale" if "--check" in arguments else "rewritten")
+        if "--check" not in arguments:
+            page.write_text(text, encoding="utf-8")
+    return int(bool(stale) and "--check" in arguments)
+
+
+def pages() -> list[Path]:
+    """Every page of the documentation, and README.md."""
+    return [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def rewritten(page: Path) -> str:
+    """The text of a page with its generated blocks made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        name, *arguments = match["call"].split()
+        return f"{match[1]}\n{GENERATORS[name](*arguments)}\n\n{match[3]}"
+
+    text = BLOCK.sub(fill, page.read_text(encoding="utf-8"))
+    if not CONSOLE.search(text):
+        return text
+    with working_directory():
+        return CONSOLE.sub(_with_output, text)
+
+
+@contextmanager
+def working_directory() -> Iterator[Path]:
+    """A temporary directory that holds ``recipes`` like a clone does; the process works in it."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "recipes").symlink_to(DOCS.parent / "recipes")
+        os.chdir(directory)
+        try:
+            yield Path(directory)
+        finally:
+            os.chdir(before)
+
+
+def _with_output(match: re.Match[str]) -> str:
+    from mergekit_lowrank.cli import main as program
+
+    output = CliRunner().invoke(program, shlex.split(match["line"]), prog_name="mergekit-lowrank").output
+    lines = "".join(f"{line.rstrip()}\n" for line in output.splitlines())
+    return match[1] + (match["output"] if _stable(match["output"]) == _stable(lines) else lines) + match[4]
+
+
+def _stable(output: str) -> str:
+    for pattern in VARYING:
+        output = re.sub(pattern, "", output)
+    return output
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def recipe_keys(part: str) -> str:
+    """The keys of one part of the recipe."""
+    model = RECIPE_PARTS[part]
+    schema = model.model_json_schema()
+    return table(
+        ("key", "values", "default", "meaning"),
+        (
+            (f"`{name}`", values(schema["properties"][name], schema), default(schema, name), _sentence(field))
+            for name, field in model.model_fields.items()
+        ),
+    )
+
+
+def parameters(method: str) -> str:
+    """The parameters of a strategy or preset, with the defaults that the preset sets."""
+    preset = Registry().method(method)
+    return parameter_table(preset.strategy.Params, preset.parameters)
+
+
+def space_parameters(space: str) -> str:
+    """The parameters of a space."""
+    return parameter_table(Registry().space(space).Params, {})
+
+
+def parameter_table(model: type[BaseModel], fixed: Mapping[str, Any]) -> str:
+    """Name, values, default and meaning of each field."""
+    schema = model.model_json_schema()
+    per_input = model.per_input_names() if hasattr(model, "per_input_names") else frozenset()
+    rows = []
+    for name, field in model.model_fields.items():
+        shown = f"`{_plain(fixed[name])}`" if name in fixed else default(schema, name)
+        per_model = " May be given per model." if name in per_input else ""
+        rows.append((f"`{name}`", values(schema["properties"][name], schema), shown, _sentence(field) + per_model))
+    return table(("parameter", "values", "default", "meaning"), rows)
+
+
+def strategies() -> str:
+    """Every built-in method: what it is, where it works."""
+    return table(
+        ("`merge_method`", "what it does", "spaces (default first)", "source"),
+        (
+            (f"`{name}`", preset.summary, _spaces_of(preset), preset.paper)
+            for name, preset in Registry().methods.items()
+        ),
+    )
+
+
+def presets() -> str:
+    """Every preset and what it stands for."""
+    rows = []
+    for name, preset in Registry().methods.items():
+        if name != preset.strategy.name:
+            fixed = ", ".join(f"`{key}: {_plain(value)}`" for key, value in preset.parameters.items())
+            space = f"`space: {preset.space}` (fixed)" if preset.space else ""
+            rows.append((f"`{name}`", f"`{preset.strategy.name}`", "; ".join(filter(None, (space, fixed)))))
+    return table(("preset", "method", "sets"), rows)
+
+
+def properties(method: str) -> str:
+    """What the class of a method declares."""
+    strategy = Registry().method(method).strategy
+    yes = {True: "yes", False: "no"}
+    rows = [
+        ("spaces (default first)", ", ".join(f"`{space}`" for space in strategy.spaces)),
+        ("draws random numbers", yes[strategy.is_random]),
+        ("permuted inputs give the same result, to rounding", yes[strategy.is_order_free]),
+    ]
+    return table(("property", "value"), rows)
+
+
+def spaces() -> str:
+    """Every built-in space."""
+    return table(("space", "coordinates"), ((f"`{n}`", space.summary) for n, space in Registry().spaces.items()))
+
+
+def executors() -> str:
+    """Every built-in executor."""
+    return table(("executor", "what it does"), ((f"`{n}`", e.summary) for n, e in Registry().executors.items()))
+
+
+def report_fields(part: str) -> str:
+    """The fields of one part of report.json."""
+    model = REPORT_PARTS[part]
+    return table(
+        ("field", "meaning"),
+        ((f"`{name}`", field.description or name.replace("_", " ")) for name, field in model.model_fields.items()),
+    )
+
+
+def module_fields() -> str:
+    """The fields of one entry of ``modules`` in report.json, from the docstring of the record."""
+    told = attributes(ModuleRecord)
+    rows = [(f"`{field.name}`", told[field.name]) for field in dataclasses.fields(ModuleRecord)]
+    return table(("field", "meaning"), [*rows, ("`written_rank`", "rows of A in the file, padding included")])
+
+
+def errors() -> str:
+    """The error classes."""
+    from mergekit_lowrank import errors as module
+
+    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if issubclass(cls, Exception)]
+    first = sorted(classes, key=lambda cls: inspect.getsourcelines(cls)[1])
+    return table(("error", "what it says"), ((f"`{cls.__name__}`", inspect.getdoc(cls) or "") for cls in first))
+
+
+def public_names() -> str:
+    """Every name of the package, with the first line of its documentation."""
+    rows = []
+    for name in mergekit_lowrank.__all__:
+        doc = inspect.getdoc(getattr(mergekit_lowrank, name)) or ""
+        if name.startswith("__"):
+            doc = "The version."
+        elif name == "hookimpl":
+            doc = "Marks a function or method as the implementation of a hook."
+        rows.append((f"`{name}`", doc.splitlines()[0].replace("``", "`")))
+    return table(("name", "what it is"), rows)
+
+
+def commands() -> str:
+    """Every command of the command line, with its arguments and options."""
+    from mergekit_lowrank.cli import main as program
+
+    context = click.Context(program, info_name="mergekit-lowrank", **program.context_settings)
+    return "\n\n".join(_command(program, context))
+
+
+def _command(command: click.Command, context: click.Context) -> Iterator[str]:
+    name = context.command_path
+    if context.parent is not None:
+        yield f"## {name.partition(' ')[2]}"
+        yield inspect.cleandoc(command.help or "").partition("\n\n")[0].replace("\n", " ")
+    usage = " ".join([name, *command.collect_usage_pieces(context)]).strip()
+    yield f"```text\n{usage}\n```"
+    records = [found for option in command.get_params(context) if (found := option.get_help_record(context))]
+    if records:
+        yield table(("option", "meaning"), ((f"`{option}`", re.sub(r"\s+", " ", text)) for option, text in records))
+    if isinstance(command, click.Group):
+        for sub in command.list_commands(context):
+            found = command.get_command(context, sub)
+            if found is not None and not found.hidden:
+                yield from _command(found, click.Context(found, parent=context, info_name=sub))
+
+
+def values(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """What a JSON schema accepts, in words."""
+    if "$ref" in schema:
+        return _referenced(schema["$ref"], root)
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            kinds = [values(option, root) for option in schema[key] if option.get("type") != "null"]
+            return " | ".join(dict.fromkeys(kinds))
+    if "enum" in schema:
+        return " | ".join(f"`{value}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    kind = schema.get("type")
+    if kind == "array":
+        return f"list of {values(schema['items'], root)}"
+    if kind == "object":
+        return "mapping"
+    words = {"boolean": "`true` | `false`", "integer": "whole number", "number": "number", "string": "text"}
+    return words[str(kind)] + _bounds(schema)
+
+
+def _referenced(reference: str, root: Mapping[str, Any]) -> str:
+    name = reference.rpartition("/")[2]
+    fields = root["$defs"][name]["properties"]
+    if len(fields) == 1:
+        (key, field), *_ = fields.items()
+        return f"`{{{key}: k}}`, k{_bounds(field)}"
+    return {"ModelEntry": "models", "Rule": "rules", "Filtered": "`{filter, value}`"}.get(name, "mapping")
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    parts = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
+        if key in schema and abs(schema[key]) < INT64_MAX
+    ]
+    return f" {', '.join(parts)}" if parts else ""
+
+
+def default(schema: Mapping[str, Any], name: str) -> str:
+    """The default of a field, or that there is none."""
+    if name in schema.get("required", ()):
+        return "required"
+    value = schema["properties"][name].get("default")
+    return "-" if value in (None, {}, []) else f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(entry)}" for key, entry in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _sentence(field: Any) -> str:
+    text = field.description or ""
+    text = text[:1].upper() + text[1:]
+    return text if not text or text.endswith(".") else f"{text}."
+
+
+def _spaces_of(preset: Any) -> str:
+    names = (preset.space,) if preset.space else preset.strategy.spaces
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """The ``Attributes:`` section of a docstring, by name."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("``", "`") for name, text in entries}
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "commands": commands,
+    "errors": errors,
+    "executors": executors,
+    "module-fields": module_fields,
+    "parameters": parameters,
+    "presets": presets,
+    "properties": properties,
+    "public-names": public_names,
+    "recipe-keys": recipe_keys,
+    "report-fields": report_fields,
+    "space-parameters": space_parameters,
+    "spaces": spaces,
+    "strategies": strategies,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""The command line. Nothing heavy is imported here: a command imports the module that does its work when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mergekit_lowrank._version import __version__
+from mergekit_lowrank.cli.group import CommandLine, Verbosity, verbosity_options
+from mergekit_lowrank.cli.request import MergeCommand, Request, split_output
+
+__all__ = ["main"]
+
+PROGRAM = "mergekit-lowrank"
+SHELLS = ("bash", "zsh", "fish")
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def example(*lines: str) -> str:
+    """The last paragraph of a help text: commands as they are typed. The first letter keeps click from wrapping it."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
+def recipe_options(command: Decorated) -> Decorated:
+    """What decides the recipe: a file, or a method with models and weights; and overrides."""
+    decorators = (
+        click.argument("names", nargs=-1, metavar=""),
+        click.option("--method", metavar="NAME", help="Merge MODELs with this method, without a recipe file."),
+        click.option(
+            "--weights", type=float, multiple=True, metavar="W W ...", help="With --method: a weight for each MODEL."
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a key of the recipe, as in parameters.density=0.5. May be repeated.",
+        ),
+        click.option(
+            "--memory", metavar="SIZE", help="What the merge may hold, as in 2GiB. [a quarter of the machine]"
+        ),
+        click.option("--strict", is_flag=True, help="Treat every warning as an error."),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(
+    epilog=example(
+        "mergekit-lowrank init adapters/math adapters/code > recipe.yaml", "mergekit-lowrank merge recipe.yaml merged/"
+    ),
+    cls=CommandLine,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
+@click.version_option(__version__, prog_name=PROGRAM)
+@verbosity_options
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Merge LoRA adapters exactly, one module at a time, in bounded memory."""
+    ctx.ensure_object(Verbosity)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+
+
+@main.command(
+    epilog=example(
+        "mergekit-lowrank merge recipe.yaml merged/",
+        "mergekit-lowrank merge --method ties math/ code/ --weights 0.6 0.4 -o merged/",
+    ),
+    cls=MergeCommand,
+    options_metavar="RECIPE OUT | --method NAME MODEL... -o OUT  [OPTIONS]",
+)
+@recipe_options
+@click.option("-o", "--output", metavar="OUT", help="The directory to make.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter that is at OUT, once the new one is complete.")
+@click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, ... or mps."
+)
+@click.option(
+    "--executor",
+    default="threads",
+    show_default=True,
+    metavar="NAME",
+    help="How modules are scheduled: threads, serial, or a plugin's.",
+)
+@click.option("--no-hash", is_flag=True, help="Leave the checksums of the inputs out of the manifest.")
+@verbosity_options
+@click.pass_obj
+def merge(
+    verbosity: Verbosity,
+    /,
+    names: tuple[str, ...],
+    output: str | None,
+    method: str | None,
+    weights: tuple[float, ...],
+    overrides: tuple[str, ...],
+    no_hash: bool,
+    **settings: Any,
+) -> None:
+    """Merge adapters into a directory. It appears when all in it is complete."""
+    names, directory = split_output(names, output, method)
+    request = Request(names, method, weights, overrides)
+    from mergekit_lowrank.cli.merging import run_merge
+
+    run_merge(request, directory, hash_sources=not no_hash, quiet=verbosity.quiet, **settings)
+
+
+@main.command(
+    epilog=example("mergekit-lowrank plan recipe.yaml --set parameters.density=0.5"),
+    cls=MergeCommand,
+    options_metavar="RECIPE | --method NAME MODEL...  [OPTIONS]",
+)
+@recipe_options
+@click.option("--all", "every", is_flag=True, help="A line for each module, not one for all layers that are alike.")
+@json_option
+@verbosity_options
+def plan(
+    names: tuple[str, ...],
+    method: str | None,
+    weights: tuple[float, ...],
+    overrides: tuple[str, ...],
+    **settings: Any,
+) -> None:
+    """Show what a merge would do. Every problem it would meet is named; no tensor is read."""
+    request = Request(names, method, weights, overrides)
+    from mergekit_lowrank.cli.planning import run_plan
+
+    run_plan(request, **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank init adapters/math adapters/code > recipe.yaml"))
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--method", default="robustmerge", show_default=True, metavar="NAME", help="The method to start from.")
+@verbosity_options
+def init(models: tuple[str, ...], method: str) -> None:
+    """Print a commented recipe for adapters."""
+    from mergekit_lowrank.cli.drafting import run_init
+
+    run_init(models, method)
+
+
+@main.command(epilog=example("mergekit-lowrank inspect adapters/math"))
+@click.argument("adapter")
+@json_option
+@verbosity_options
+def inspect(adapter: str, as_json: bool) -> None:
+    """Show what an adapter holds. Modules, ranks, scaling, and the size of its update."""
+    from mergekit_lowrank.cli.inspecting import run_inspect
+
+    run_inspect(adapter, as_json=as_json)
+
+
+@main.command(epilog=example("mergekit-lowrank strategies ties"))
+@click.argument("name", required=False)
+@json_option
+@verbosity_options
+def strategies(name: str | None, as_json: bool) -> None:
+    """List the merge methods. With NAME, its parameters."""
+    from mergekit_lowrank.cli.methods import run_strategies
+
+    run_strategies(name, as_json=as_json)
+
+
+@main.command(epilog=example("mergekit-lowrank plugins"))
+@json_option
+@verbosity_options
+def plugins(as_json: bool) -> None:
+    """List the plugins. What each registers, and why one failed to load."""
+    from mergekit_lowrank.cli.plugins import run_plugins
+
+    run_plugins(as_json=as_json)
+
+
+@main.command(epilog=example("mergekit-lowrank schema > recipe.schema.json"))
+@verbosity_options
+def schema() -> None:
+    """Print the JSON Schema of recipes."""
+    import json
+
+    from mergekit_lowrank.recipe import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=1))
+
+
+@main.command(
+    epilog=example("mergekit-lowrank completion bash > ~/.local/share/bash-completion/completions/mergekit-lowrank")
+)
+@click.argument("shell", type=click.Choice(SHELLS))
+@verbosity_options
+def completion(shell: str) -> None:
+    """Print a shell's completion script."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is not None:
+        variable = f"_{PROGRAM}_COMPLETE".replace("-", "_").upper()
+        click.echo(kind(main, {}, PROGRAM, variable).source())

@@ -1,0 +1,104 @@
+"""``init``: a commented recipe for the adapters that there are."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+
+import click
+
+from mergekit_lowrank.api import plan
+from mergekit_lowrank.cli.inspecting import scaling_text, span
+from mergekit_lowrank.cli.methods import parameters_of, spaces_of
+from mergekit_lowrank.cli.planning import type_name
+from mergekit_lowrank.cli.tables import aligned, one_line
+from mergekit_lowrank.engine import Plan
+from mergekit_lowrank.formats import Checkpoint
+from mergekit_lowrank.recipe import Recipe, parse_recipe, write_yaml
+from mergekit_lowrank.registry import Registry
+
+__all__ = ["run_init"]
+
+COMMENT_COLUMNS = 100
+COLUMNS = ("input", "rank", "scaling", "type", "modules")
+WRITTEN_OUT = ("merge_method", "models", "scale", "parameters")
+"""Keys of the recipe that are not listed as commented-out defaults."""
+
+
+def run_init(models: Sequence[str], method: str) -> None:
+    """Print the recipe, once it is known to plan without error."""
+    registry = Registry.load()
+    settings = {
+        "merge_method": method,
+        "models": [{"model": model, "parameters": {"weight": 1.0}} for model in models],
+        "scale": "auto",
+    }
+    made = plan(parse_recipe(settings, name="command line"), registry=registry)
+    click.echo("\n".join(_lines(settings, made, registry)))
+
+
+def _lines(settings: Mapping[str, object], made: Plan, registry: Registry) -> Iterator[str]:
+    preset = registry.method(str(settings["merge_method"]))
+    yield from _comment(f"A merge of {len(made.inputs)} adapters of {made.base_model or 'a base model not named'}.")
+    yield "#"
+    yield from (f"#   {line}" for line in aligned(COLUMNS, map(_found, made.inputs)))
+    for warning in made.warnings:
+        yield "#"
+        yield from _comment(f"Note: {warning}.")
+    yield "#"
+    yield from _comment("Relative paths start from the directory that this file is in. What it would do, and doing it:")
+    yield "#   mergekit-lowrank plan recipe.yaml"
+    yield "#   mergekit-lowrank merge recipe.yaml merged/"
+    yield "#"
+    yield from _comment("Keys that are commented out have the value they show when they are left out.")
+    yield ""
+    yield from _comment(f"{preset.name}: {preset.summary}. All methods: mergekit-lowrank strategies")
+    yield from _yaml({"merge_method": settings["merge_method"]})
+    yield ""
+    yield from _comment("A weight is 1 when left out, and may be negative.")
+    yield from _yaml({"models": settings["models"]})
+    yield ""
+    yield from _comment(Recipe.model_fields["scale"].description or "")
+    yield from _yaml({"scale": settings["scale"]})
+    yield ""
+    yield "#parameters:"
+    for parameter in parameters_of(preset, registry):
+        if parameter.get("space", spaces_of(preset)[0]) == spaces_of(preset)[0]:
+            yield from _comment(parameter["description"], indent="  ")
+            yield from (f"#  {line}" for line in _yaml({parameter["name"]: parameter["default"]}))
+    for key, value in _defaults(made, spaces_of(preset)[0]).items():
+        yield ""
+        example = " For example:" if key == "rules" else ""
+        yield from _comment(f"{Recipe.model_fields[key].description}{example}")
+        yield from (f"#{line}" for line in _yaml({key: value}))
+
+
+def _defaults(made: Plan, space: str) -> dict[str, object]:
+    """What each key comes to when it is left out; for ``rules``, an example."""
+    kind = made.modules[0].name.rpartition(".")[2]
+    found = {
+        "space": space,
+        "out_dtype": type_name(made.out_dtype),
+        "rules": [{"match": kind, "scale": 1.0}],
+        "base_model": made.base_model or "org/name",
+    }
+    defaults = made.recipe.model_dump(mode="json")
+    return {key: found.get(key, defaults[key]) for key in Recipe.model_fields if key not in WRITTEN_OUT}
+
+
+def _found(checkpoint: Checkpoint) -> tuple[str, ...]:
+    headers = list(checkpoint.modules.values())
+    types = ", ".join(dict.fromkeys(type_name(header.dtype) for header in headers))
+    return checkpoint.label, span(h.rank for h in headers), scaling_text(headers), types, str(len(headers))
+
+
+def _comment(text: str, *, indent: str = "") -> Iterator[str]:
+    """Prose as comment lines; nothing in it can end the comment."""
+    for line in textwrap.wrap(one_line(text), COMMENT_COLUMNS, break_long_words=False, break_on_hyphens=False):
+        yield f"# {indent}{line}" if not indent else f"#{indent}# {line}"
+
+
+def _yaml(data: Mapping[str, object]) -> list[str]:
+    """One key and its value in lines."""
+    text = write_yaml(data).rstrip()
+    return (text[1:-1] if text.startswith("{") else text).splitlines()

@@ -1,0 +1,148 @@
+"""The command group: options that every command takes, and the exit status that each kind of error gives."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from typing import Any, TypeVar
+
+import click
+
+from mergekit_lowrank.errors import MergeError
+
+__all__ = ["CommandLine", "Verbosity", "verbosity_options"]
+
+BUG = 1
+FAULT = 2
+"""The input's, the recipe's or the disk's."""
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+@dataclass
+class Verbosity:
+    """How much is said beside what was asked for.
+
+    Attributes:
+        quiet: no progress and no closing lines.
+        debug: tracebacks with errors.
+    """
+
+    quiet: bool = False
+    debug: bool = False
+
+
+def verbosity_options(command: Decorated) -> Decorated:
+    """``--quiet`` and ``--debug``, kept in the context's ``Verbosity``."""
+    quiet = click.option(
+        "--quiet", is_flag=True, expose_value=False, callback=_remember, help="No progress and no closing lines."
+    )
+    debug = click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_remember,
+        help="Show the traceback of an error.",
+    )
+    return quiet(debug(command))
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        setattr(ctx.ensure_object(Verbosity), str(param.name), True)
+
+
+class CommandLine(click.Group):
+    """A group whose errors are one readable text on stderr, and whose exit status says whose fault it was."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line and exit: 0; 2 a fault of input, recipe or disk; 1 a bug; 130 interrupted."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
+        verbosity = Verbosity()
+        try:
+            status = super().main(args, prog_name, complete_var, standalone_mode=False, obj=verbosity, **extra)
+        except (Exception, KeyboardInterrupt) as error:
+            if verbosity.debug:
+                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            status, message = _explained(error)
+            click.echo(message, err=True)
+        if not _flushes_stdout():
+            _discard_stdout()
+        sys.exit(status)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. It ends quietly when nobody reads its output any more, as in ``… | head``."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if _flushes_stdout(more="\n"):  # then it was another pipe, and click would hide that
+                raise ConnectionError(f"a connection was closed: {error}") from error
+            raise click.exceptions.Exit(0) from error
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error, and what is said about it."""
+    match error:
+        case click.Abort() | KeyboardInterrupt():
+            return INTERRUPTED, "interrupted: nothing was written"
+        case click.ClickException():
+            return FAULT, f"{_usage(error)}error: {error.format_message()}"
+        case MergeError():
+            return FAULT, f"error: {error}"
+        case OSError() if error.filename and error.strerror:
+            return FAULT, f"error: {error.filename}: {error.strerror}"
+        case OSError():
+            return FAULT, f"error: {error}"
+    if _is_out_of_memory(error):
+        return FAULT, (
+            f"error: out of memory ({str(error) or 'no more could be had'}). Let the merge hold less with --memory, choose "
+            "a space without dense deltas (joint, core, factors), or close other programs."
+        )
+    return BUG, (
+        f"error: this is a bug in mergekit-lowrank: {type(error).__name__}: {error}\n"
+        "Please report it, with what --debug shows."
+    )
+
+
+def _usage(error: click.ClickException) -> str:
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return ""
+    return f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help'.\n\n"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or a GPU had no more memory; torch has kinds of its own, and it may not be imported here."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def _flushes_stdout(more: str = "") -> bool:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write(more)
+            sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _discard_stdout() -> None:
+    """Drop what nobody reads; Python would complain about it when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

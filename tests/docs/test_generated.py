@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, generator
+
+GENERATED = [
+    page for page in PAGES if "<!-- generated:" in page.read_text() or "<!-- checked output" in page.read_text()
+]
+
+
+@pytest.fixture(scope="module")
+def rewritten() -> object:
+    return generator()["rewritten"]
+
+
+@pytest.mark.parametrize("page", GENERATED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_is_up_to_date(page: Path, rewritten: object) -> None:
+    assert callable(rewritten)
+    assert rewritten(page) == page.read_text(encoding="utf-8"), "run: python docs/generate.py"

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from mergekit_lowrank.lowrank import RadixSelection, kth_magnitude, kth_magnitudes
+from mergekit_lowrank.lowrank import selection as selection_module
+
+FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
+SPECIAL = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-38, 1.0, -1.0, 1.0, 3.4e38, -2.0])
+
+
+def values_of(dtype: torch.dtype) -> st.SearchStrategy[Tensor]:
+    width = dtype.itemsize * 8
+    numbers = st.one_of(
+        st.floats(allow_nan=False, allow_infinity=False, width=width),  # type: ignore[arg-type]
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]),
+    )
+    return arrays(FLOATS[dtype], st.integers(1, 40), elements=numbers).map(torch.from_numpy)
+
+
+def sorted_magnitude(values: Tensor, k: int) -> float:
+    return float(values.abs().flatten().sort().values[k - 1]) if k else 0.0
+
+
+def by_passes(values: Tensor, k: int, pieces: int) -> float:
+    """The same through digit counts over pieces that are never held together."""
+    selection = RadixSelection(values.dtype, k)
+    passes = 0
+    while not selection.done:
+        counts = [selection.count(piece) for piece in torch.tensor_split(values, pieces)]
+        selection = selection.narrowed(np.sum(counts, axis=0))
+        passes += 1
+    assert passes in {0, selection.levels}
+    return selection.value
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_the_kth_magnitude_is_that_of_sorted_magnitudes(dtype: torch.dtype, data: st.DataObject) -> None:
+    values = data.draw(values_of(dtype))
+    k = data.draw(st.integers(0, values.numel()))
+    assert kth_magnitude(values, k) == sorted_magnitude(values, k)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_the_radix_passes_find_the_same_magnitude_over_any_pieces(dtype: torch.dtype, data: st.DataObject) -> None:
+    values = data.draw(values_of(dtype))
+    k, pieces = data.draw(st.integers(0, values.numel())), data.draw(st.integers(1, 5))
+    assert by_passes(values, k, pieces) == sorted_magnitude(values, k)
+
+
+@pytest.mark.parametrize("k", range(12))
+def test_zeros_denormals_and_ties_are_ordered_exactly(k: int) -> None:
+    assert kth_magnitude(SPECIAL, k) == sorted_magnitude(SPECIAL, k)
+    assert by_passes(SPECIAL, k, 3) == sorted_magnitude(SPECIAL, k)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(0, 0.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 3.0)])
+def test_ties_count_each(k: int, expected: float) -> None:
+    assert kth_magnitude(torch.tensor([[-2.0, 1.0], [2.0, -3.0]]), k) == expected
+
+
+def test_the_input_is_not_reordered() -> None:
+    values = torch.tensor([3.0, -1.0, 2.0])
+    kth_magnitude(values, 2)
+    assert values.tolist() == [3.0, -1.0, 2.0]
+
+
+def test_views_that_are_not_contiguous_are_read_right() -> None:
+    values = torch.arange(12.0).reshape(3, 4)
+    assert kth_magnitude(values.T, 5) == 4.0
+    assert kth_magnitude(values[:, ::2], 2) == 2.0
+    assert kth_magnitude(values[:, :1].expand(3, 5), 5) == 0.0
+
+
+def stacked(seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(3, 10, 7, generator=generator, dtype=dtype)
+    values[0, :4] = 0.0
+    values[1] = values[1].round(decimals=1)
+    return values
+
+
+def rows(values: Tensor, width: int) -> Callable[[int], Iterator[Tensor]]:
+    def blocks(step: int) -> Iterator[Tensor]:
+        return (values[:, start : start + width] for start in range(0, values.shape[1], width * step))
+
+    return blocks
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("limit", [1 << 24, 0], ids=["gathered", "bracket"])
+@pytest.mark.parametrize("ks", [(0, 0, 0), (1, 1, 1), (70, 70, 70), (28, 29, 56), (0, 35, 70)])
+@pytest.mark.parametrize("width", [1, 3, 10])
+def test_each_of_several_inputs_gets_its_own_kth_magnitude(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, limit: int, ks: tuple[int, int, int], width: int
+) -> None:
+    monkeypatch.setattr(selection_module, "IN_MEMORY_ENTRIES", limit)
+    values = stacked(0, dtype)
+    found = kth_magnitudes(rows(values, width), ks, 70, dtype)
+    assert found == [sorted_magnitude(values[t], k) for t, k in enumerate(ks)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_the_bracket_finds_any_magnitude_of_any_values(dtype: torch.dtype, data: st.DataObject) -> None:
+    values = data.draw(values_of(dtype))[None]
+    k, width = data.draw(st.integers(0, values.numel())), data.draw(st.integers(1, 9))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selection_module, "IN_MEMORY_ENTRIES", 0)
+        found = kth_magnitudes(rows(values, width), [k], values.numel(), dtype)
+    assert found == [sorted_magnitude(values, k)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", [1, 5_000, 40_000, 79_999, 80_000])
+def test_a_narrow_bracket_around_the_sampled_quantile_is_exact(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
+) -> None:
+    monkeypatch.setattr(selection_module, "IN_MEMORY_ENTRIES", 0)
+    monkeypatch.setattr(selection_module, "SAMPLE_ENTRIES", 1 << 8)
+    values = torch.randn(1, 400, 200, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    assert kth_magnitudes(rows(values, 7), [k], 80_000, dtype) == [sorted_magnitude(values, k)]
+
+
+@pytest.mark.parametrize("k", [1, 100, 300, 399, 400])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_answer_that_the_sample_misses_is_found_by_radix_passes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, k: int
+) -> None:
+    monkeypatch.setattr(selection_module, "IN_MEMORY_ENTRIES", 0)
+    # Every fourth row, the sampled ones, is far larger than the others.
+    values = torch.randn(1, 40, 10, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    values[:, ::4] *= 1e6
+    assert kth_magnitudes(rows(values, 1), [k], 400, dtype) == [sorted_magnitude(values, k)]
+
+
+def test_nothing_is_read_where_no_rank_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection_module, "IN_MEMORY_ENTRIES", 0)
+    assert kth_magnitudes(lambda _: pytest.fail("read"), (0, 0), 70, torch.float32) == [0.0, 0.0]
+
+
+def test_no_entries_at_all_give_zero_thresholds() -> None:
+    assert kth_magnitudes(lambda _: iter(()), (0, 0), 0, torch.float32) == [0.0, 0.0]

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_lowrank.lowrank import (
+    DenseUpdate,
+    LowRankUpdate,
+    Spectrum,
+    concatenate,
+    densify,
+    distance,
+    factorise,
+    norm,
+    spectrum_of,
+)
+from mergekit_lowrank.lowrank.truncation import EXACT_SIDE
+from mergekit_lowrank.strategies import keyed_generator
+from mergekit_lowrank.testing import random_update, random_updates
+
+SHAPES = {
+    "wide": (7, 20, [2, 3]),
+    "tall": (20, 7, [2, 3]),
+    "rank one": (6, 5, [1]),
+    "joint rank above a side": (5, 20, [4, 4]),
+    "joint rank above both sides": (5, 4, [4, 4, 4]),
+    "one by one": (1, 1, [3]),
+}
+
+
+def stack(d_out: int, d_in: int, ranks: list[int], seed: int = 0) -> LowRankUpdate:
+    return concatenate(random_updates(d_out, d_in, ranks, seed, dtype=torch.float64), [0.7] * len(ranks))
+
+
+def generator() -> torch.Generator:
+    return keyed_generator("test")
+
+
+def test_the_singular_values_of_a_hand_made_update_are_found() -> None:
+    update = LowRankUpdate(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+    assert spectrum_of(update).values.tolist() == pytest.approx([6.0, 1.0])
+    assert spectrum_of(update).energy == pytest.approx(37.0)
+
+
+def test_a_cut_holds_values_times_left_vectors_in_b_and_right_vectors_in_a() -> None:
+    update = LowRankUpdate(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+    cut = factorise(update, 1, generator()).cut(1)
+    torch.testing.assert_close(cut.b, torch.tensor([[6.0], [0.0]]))
+    torch.testing.assert_close(cut.a, torch.tensor([[0.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dense", [False, True], ids=["low-rank", "dense"])
+def test_factorise_finds_the_singular_values_of_the_dense_delta(
+    shape: tuple[int, int, list[int]], dense: bool
+) -> None:
+    update = stack(*shape)
+    expected = torch.linalg.svdvals(densify(update))
+    truncation = factorise(DenseUpdate(densify(update)) if dense else update, 2, generator())
+    found = truncation.spectrum.values
+    common = min(found.numel(), expected.numel())
+    torch.testing.assert_close(found[:common], expected[:common], rtol=1e-10, atol=1e-12)
+    assert float(expected[common:].sum()) < 1e-12
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d_out=st.integers(1, 12),
+    d_in=st.integers(1, 12),
+    ranks=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    seed=st.integers(0, 999),
+    keep=st.integers(1, 14),
+)
+def test_a_cut_is_the_best_approximation_of_its_rank(
+    d_out: int, d_in: int, ranks: list[int], seed: int, keep: int
+) -> None:
+    update = stack(d_out, d_in, ranks, seed)
+    delta = densify(update)
+    cut = factorise(update, keep, generator()).cut(keep)
+    best = float(torch.linalg.svdvals(delta)[keep:].square().sum().sqrt())
+    assert float((densify(cut) - delta).norm()) == pytest.approx(best, rel=1e-9, abs=1e-11)
+
+
+def test_the_same_adapter_twice_leaves_a_rank_deficient_stack_that_is_still_cut_exactly() -> None:
+    update = random_update(9, 8, 3, dtype=torch.float64)
+    doubled = concatenate([update, update], [0.5, 0.5])
+    truncation = factorise(doubled, 3, generator())
+    assert float(truncation.spectrum.values[3:].max()) < 1e-12
+    torch.testing.assert_close(densify(truncation.cut(3)), densify(update), rtol=1e-11, atol=1e-12)
+
+
+def test_opposed_adapters_cancel_to_a_zero_update_without_nan() -> None:
+    update = random_update(9, 8, 3, dtype=torch.float64)
+    truncation = factorise(concatenate([update, update], [1.0, -1.0]), 3, generator())
+    assert float(densify(truncation.cut(3)).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["low-rank", "dense"])
+def test_a_zero_update_factorises_to_zeros(dense: bool) -> None:
+    zero = LowRankUpdate(torch.zeros(5, 2), torch.zeros(2, 4))
+    truncation = factorise(DenseUpdate(densify(zero)) if dense else zero, 2, generator())
+    assert truncation.spectrum.energy == 0.0
+    assert torch.equal(densify(truncation.cut(2)), torch.zeros(5, 4))
+
+
+def test_an_update_of_rank_zero_factorises_to_rank_zero() -> None:
+    empty = LowRankUpdate(torch.zeros(5, 0), torch.zeros(0, 4))
+    truncation = factorise(empty, 2, generator())
+    assert truncation.cut(2).rank == 0
+    assert spectrum_of(empty).energy == 0.0
+
+
+def test_a_cut_above_the_existing_rank_gives_what_there_is() -> None:
+    assert factorise(random_update(5, 4, 2), 9, generator()).cut(9).rank == 2
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["low-rank", "dense"])
+def test_the_largest_entry_of_every_left_vector_is_positive(dense: bool) -> None:
+    update = random_update(9, 7, 4, seed=3)
+    truncation = factorise(DenseUpdate(densify(update)) if dense else update, 4, generator())
+    left = truncation.left[:, :4]
+    peaks = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
+    assert bool((peaks > 0).all())
+
+
+def test_factorise_keeps_the_type_of_the_factors_and_reports_values_in_float64() -> None:
+    truncation = factorise(random_update(5, 4, 2), 2, generator())
+    assert truncation.cut(2).b.dtype == torch.float32
+    assert truncation.spectrum.values.dtype == torch.float64
+
+
+def test_factorise_takes_views_that_are_not_contiguous() -> None:
+    update = random_update(7, 9, 2, dtype=torch.float64).transposed()
+    assert not update.b.is_contiguous()
+    torch.testing.assert_close(densify(factorise(update, 2, generator()).cut(2)), densify(update))
+
+
+@cache
+def decaying(d_out: int, d_in: int, power: float) -> DenseUpdate:
+    """Singular values 1, 2^-power, 3^-power, … to 120 of them, under noise a thousand times smaller."""
+    source = torch.Generator().manual_seed(1)
+    u, _ = torch.linalg.qr(torch.randn(d_out, 120, generator=source))
+    v, _ = torch.linalg.qr(torch.randn(d_in, 120, generator=source))
+    noise = torch.randn(d_out, d_in, generator=source) * (1e-3 / math.sqrt(d_in))
+    return DenseUpdate((u * leading(120, power)) @ v.T + noise)
+
+
+def leading(count: int, power: float) -> torch.Tensor:
+    return torch.arange(1.0, count + 1).pow(-power)
+
+
+@pytest.mark.parametrize("shape", [(1000, 900), (900, 1000)], ids=["tall", "wide"])
+@pytest.mark.parametrize("power", [0.3, 1.0])
+def test_the_randomised_path_captures_the_optimal_energy_within_a_thousandth(
+    shape: tuple[int, int], power: float
+) -> None:
+    update = decaying(*shape, power)
+    assert min(update.shape) > EXACT_SIDE
+    truncation = factorise(update, 16, generator())
+    best = float(leading(16, power).square().sum())
+    assert not truncation.spectrum.complete
+    # The noise adds a millionth to the optimum itself.
+    assert 0.999 * best <= norm(truncation.cut(16)) ** 2 <= 1.0001 * best
+
+
+def test_the_randomised_path_states_the_energy_that_it_kept() -> None:
+    update = decaying(1000, 900, 1.0)
+    truncation = factorise(update, 16, generator())
+    lost = float((update.delta - densify(truncation.cut(16))).double().square().sum())
+    assert 1 - truncation.spectrum.kept(16) == pytest.approx(lost / norm(update) ** 2, rel=1e-3)
+
+
+def test_the_randomised_path_is_the_same_for_the_same_generator() -> None:
+    update = decaying(800, 790, 1.0)
+    first, second = (factorise(update, 8, keyed_generator(0, "module")).cut(8) for _ in range(2))
+    assert torch.equal(first.b, second.b)
+    assert torch.equal(first.a, second.a)
+
+
+def test_the_randomised_path_takes_a_zero_delta() -> None:
+    truncation = factorise(DenseUpdate(torch.zeros(800, 790)), 4, generator())
+    assert torch.equal(densify(truncation.cut(4)), torch.zeros(800, 790))
+
+
+def test_a_dense_update_is_decomposed_exactly_where_the_rank_asked_for_is_the_whole_side() -> None:
+    assert factorise(DenseUpdate(torch.eye(EXACT_SIDE + 2)), EXACT_SIDE + 2, generator()).spectrum.complete
+
+
+def spectrum(*values: float, energy: float | None = None, complete: bool = True) -> Spectrum:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return Spectrum(tensor, float(tensor.square().sum()) if energy is None else energy, complete)
+
+
+def test_kept_is_the_share_of_the_squares_of_the_leading_values() -> None:
+    assert spectrum(2.0, 1.0, 1.0).kept(1) == pytest.approx(4 / 6)
+    assert spectrum(2.0, 1.0, 1.0).kept(2) == pytest.approx(5 / 6)
+
+
+def test_kept_is_exactly_one_where_nothing_was_cut() -> None:
+    assert spectrum(2.0, 1.0).kept(2) == 1.0
+    assert spectrum(2.0, 1.0).kept(99) == 1.0
+
+
+def test_kept_of_a_zero_update_is_one() -> None:
+    assert spectrum(0.0, 0.0).kept(0) == 1.0
+
+
+def test_kept_of_an_incomplete_spectrum_stays_below_one() -> None:
+    assert spectrum(2.0, energy=8.0, complete=False).kept(9) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.5, 1), (4 / 6, 1), (0.67, 2), (5 / 6, 2), (0.9, 3), (1.0, 3)])
+def test_rank_for_is_the_least_rank_that_keeps_the_share(share: float, rank: int) -> None:
+    assert spectrum(2.0, 1.0, 1.0).rank_for(share) == rank
+
+
+def test_rank_for_ignores_directions_of_rounding_size_even_at_a_share_of_one() -> None:
+    assert spectrum(1.0, 0.5, 1e-9).rank_for(1.0) == 2
+
+
+def test_rank_for_is_zero_for_a_zero_update() -> None:
+    assert spectrum(0.0).rank_for(0.99) == 0
+
+
+def test_rank_for_is_unknown_where_an_incomplete_spectrum_does_not_reach_the_share() -> None:
+    assert spectrum(2.0, energy=8.0, complete=False).rank_for(0.6) is None
+    assert spectrum(2.0, energy=8.0, complete=False).rank_for(0.5) == 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3), seed=st.integers(0, 999), share=st.floats(0.05, 0.999))
+def test_the_rank_for_a_share_keeps_it_and_one_less_does_not(ranks: list[int], seed: int, share: float) -> None:
+    found = spectrum_of(stack(9, 8, ranks, seed))
+    rank = found.rank_for(share)
+    assert rank is not None
+    assert found.kept(rank) >= share - 1e-9
+    assert rank == 1 or found.kept(rank - 1) < share
+
+
+def test_the_error_of_a_cut_agrees_with_the_energy_it_kept() -> None:
+    update = random_update(20, 30, 6, dtype=torch.float64)
+    cut = factorise(update, 3, generator()).cut(3)
+    lost = distance(cut, [update], [1.0]) ** 2 / norm(update) ** 2
+    assert spectrum_of(update).kept(3) == pytest.approx(1 - lost, rel=1e-10)

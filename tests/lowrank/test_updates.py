@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, concatenate, densify
+from mergekit_lowrank.testing import random_update, random_updates
+
+B = torch.tensor([[1.0], [2.0]])
+A = torch.tensor([[1.0, 0.0, -1.0]])
+
+
+def test_densify_multiplies_the_factors_and_the_scaling() -> None:
+    delta = densify(LowRankUpdate(B, A, 3.0))
+    assert torch.equal(delta, torch.tensor([[3.0, 0.0, -3.0], [6.0, 0.0, -6.0]]))
+
+
+def test_densify_returns_the_delta_of_a_dense_update_itself() -> None:
+    delta = torch.ones(2, 3)
+    assert densify(DenseUpdate(delta)) is delta
+
+
+def test_rank_and_shape_come_from_the_factors() -> None:
+    update = random_update(5, 3, 2)
+    assert (update.rank, update.shape) == (2, (5, 3))
+
+
+def test_scaled_shares_the_factors_of_a_low_rank_update() -> None:
+    update = LowRankUpdate(B, A, 3.0).scaled(-2.0)
+    assert update.b is B
+    assert update.a is A
+    assert update.scaling == -6.0
+
+
+def test_scaled_by_one_returns_the_dense_update_itself() -> None:
+    update = DenseUpdate(torch.ones(2, 3))
+    assert update.scaled(1.0) is update
+
+
+def test_scaled_multiplies_a_dense_update() -> None:
+    assert torch.equal(DenseUpdate(torch.ones(2, 3)).scaled(2.0).delta, torch.full((2, 3), 2.0))
+
+
+def test_transposed_is_the_update_of_the_transposed_delta() -> None:
+    update = random_update(5, 3, 2, scaling=0.5)
+    assert torch.equal(densify(update.transposed()), (update.a.T @ update.b.T) * 0.5)
+    assert DenseUpdate(densify(update)).transposed().shape == (3, 5)
+
+
+def test_to_changes_both_factors_and_keeps_the_scaling() -> None:
+    update = random_update(5, 3, 2, scaling=0.5).to("cpu", torch.float64)
+    assert (update.a.dtype, update.b.dtype, update.scaling) == (torch.float64, torch.float64, 0.5)
+
+
+def test_concatenate_stacks_scaled_columns_of_b_and_untouched_rows_of_a() -> None:
+    second = LowRankUpdate(torch.tensor([[0.0], [1.0]]), torch.tensor([[5.0, 6.0, 7.0]]), 2.0)
+    stacked = concatenate([LowRankUpdate(B, A, 3.0), second], [1.0, -0.5])
+    assert torch.equal(stacked.b, torch.tensor([[3.0, 0.0], [6.0, -1.0]]))
+    assert torch.equal(stacked.a, torch.tensor([[1.0, 0.0, -1.0], [5.0, 6.0, 7.0]]))
+    assert stacked.scaling == 1.0
+
+
+def test_concatenate_of_one_update_keeps_its_factors_and_puts_the_coefficient_into_the_scaling() -> None:
+    stacked = concatenate([LowRankUpdate(B, A, 3.0)], [0.5])
+    assert stacked.b is B
+    assert stacked.a is A
+    assert stacked.scaling == 1.5
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d_out=st.integers(1, 9),
+    d_in=st.integers(1, 9),
+    ranks=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+def test_concatenate_equals_the_dense_weighted_sum(
+    d_out: int, d_in: int, ranks: list[int], seed: int, data: st.DataObject
+) -> None:
+    numbers = st.lists(st.floats(-3, 3), min_size=len(ranks), max_size=len(ranks))
+    scalings, coefficients = data.draw(numbers), data.draw(numbers)
+    updates = random_updates(d_out, d_in, ranks, seed, scalings=scalings, dtype=torch.float64)
+    dense = sum(
+        (c * densify(u) for c, u in zip(coefficients, updates, strict=True)), torch.zeros(d_out, d_in).double()
+    )
+    stacked = concatenate(updates, coefficients)
+    assert stacked.rank == sum(ranks)
+    torch.testing.assert_close(densify(stacked), dense, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_concatenate_keeps_the_type_of_the_factors(dtype: torch.dtype) -> None:
+    assert concatenate(random_updates(3, 4, [1, 2], dtype=dtype), [1.0, 2.0]).b.dtype == dtype
