@@ -41,6 +41,19 @@ BLOCK = re.compile(r"(<!-- generated: (?P<call>[\w -]+?) -->\n).*?(<!-- end -->)
 RECIPE_PARTS = {model.__name__: model for model in (Recipe, ModelEntry, Output, Rule, Filtered, Retention, Energy)}
 REPORT_PARTS = {model.__name__: model for model in (Report, Totals, InputSummary)}
 INT64_MAX = 2**63 - 1
+TOLD_HERE = {
+    "schema_version": "of this file",
+    "method": "the recipe's",
+    "inputs": "one entry for each model, below",
+    "totals": "of the whole merge, below",
+    "dtype": "the stored type",
+    "warnings": "what a user should know",
+    "modules": "of all inputs together: here one entry for each, in `totals` their number",
+    "bytes_read": "of the inputs' factors",
+    "bytes_written": "of the merged factors",
+    "wall_seconds": "of the whole merge",
+}
+"""Fields of the report whose models say nothing about them."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -191,7 +204,7 @@ def report_fields(part: str) -> str:
     model = REPORT_PARTS[part]
     return table(
         ("field", "meaning"),
-        ((f"`{name}`", field.description or name.replace("_", " ")) for name, field in model.model_fields.items()),
+        ((f"`{name}`", field.description or TOLD_HERE[name]) for name, field in model.model_fields.items()),
     )
 
 

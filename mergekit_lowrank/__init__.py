@@ -30,15 +30,15 @@ if TYPE_CHECKING:
         RecipeError,
         StrategyError,
     )
-    from mergekit_lowrank.events import Reporter
-    from mergekit_lowrank.executors import Executor
-    from mergekit_lowrank.formats import Adapter, Checkpoint, Format
+    from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, ModuleMerged, Reporter, SurveyRound
+    from mergekit_lowrank.executors import Executor, Job
+    from mergekit_lowrank.formats import Adapter, Checkpoint, Format, ModuleHeader
     from mergekit_lowrank.hookspecs import hookimpl
-    from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate
+    from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update
     from mergekit_lowrank.recipe import Recipe, load_recipe
     from mergekit_lowrank.registry import Registry
     from mergekit_lowrank.report import Report
-    from mergekit_lowrank.spaces import Coordinates, Part, Space, SpaceParams
+    from mergekit_lowrank.spaces import Coordinates, ModuleShape, Part, Space, SpaceParams
     from mergekit_lowrank.strategies import (
         ElementwiseStrategy,
         MergeContext,
@@ -56,14 +56,21 @@ __all__ = [
     "Coordinates",
     "DenseUpdate",
     "ElementwiseStrategy",
+    "Event",
     "Executor",
     "Format",
     "IncompatibleInputsError",
+    "Job",
     "LowRankUpdate",
     "MemoryBudgetError",
     "MergeContext",
     "MergeError",
+    "MergeFinished",
+    "MergeStarted",
     "MergedAdapter",
+    "ModuleHeader",
+    "ModuleMerged",
+    "ModuleShape",
     "OutputError",
     "Params",
     "Part",
@@ -80,6 +87,8 @@ __all__ = [
     "Strategy",
     "StrategyError",
     "Survey",
+    "SurveyRound",
+    "Update",
     "__version__",
     "hookimpl",
     "load_recipe",
@@ -101,15 +110,15 @@ _ROOMS = {
         "RecipeError",
         "StrategyError",
     ),
-    "events": ("Reporter",),
-    "executors": ("Executor",),
-    "formats": ("Adapter", "Checkpoint", "Format"),
+    "events": ("Event", "MergeFinished", "MergeStarted", "ModuleMerged", "Reporter", "SurveyRound"),
+    "executors": ("Executor", "Job"),
+    "formats": ("Adapter", "Checkpoint", "Format", "ModuleHeader"),
     "hookspecs": ("hookimpl",),
-    "lowrank": ("DenseUpdate", "LowRankUpdate"),
+    "lowrank": ("DenseUpdate", "LowRankUpdate", "Update"),
     "recipe": ("Recipe", "load_recipe"),
     "registry": ("Registry",),
     "report": ("Report",),
-    "spaces": ("Coordinates", "Part", "Space", "SpaceParams"),
+    "spaces": ("Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"),
     "strategies": ("ElementwiseStrategy", "MergeContext", "Params", "Preset", "Strategy", "Survey", "per_input"),
 }
 

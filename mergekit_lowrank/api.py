@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,7 @@ class _Run:
             texts = {
                 CONFIG_NAME: config_text(self._config(sink)),
                 "README.md": model_card(self._plan, report, method, digests()),
-                "recipe.yaml": self._plan.recipe.to_yaml(),
+                "recipe.yaml": _relative_to(output, self._plan).to_yaml(),
                 "report.json": report.to_json(),
             }
             for name, text in texts.items():
@@ -248,3 +249,13 @@ def _check_output(output: Path, made: Plan) -> None:
                 raise OutputError(
                     f"the output {output} holds the input '{checkpoint.label}' ({directory}); choose another directory"
                 )
+
+
+def _relative_to(output: Path, made: Plan) -> Recipe:
+    """The recipe with local paths written from the output directory, so that it runs again from there."""
+    models = []
+    for entry, checkpoint in zip(made.recipe.models, made.inputs, strict=True):
+        path = checkpoint.files[0].parent if checkpoint.files else None
+        local = path is not None and isinstance(entry.model, str) and (made.recipe.directory / entry.model).exists()
+        models.append(entry.model_copy(update={"model": os.path.relpath(path, output)}) if local and path else entry)
+    return made.recipe.model_copy(update={"models": tuple(models)})

@@ -195,6 +195,13 @@ class Registry:
         """The space of this name, or RecipeError."""
         return _look_up(self.spaces, name, "space", self._failed())
 
+    def spaces_of(self, method: Preset) -> tuple[str, ...]:
+        """The spaces in which a method may be used, its default first."""
+        if method.space is not None:
+            return (method.space,)
+        others = (name for name in self.spaces if name not in method.strategy.spaces)
+        return (*method.strategy.spaces, *(name for name in others if method.strategy.supports(name)))
+
     def executor(self, name: str) -> type[Executor]:
         """The executor of this name, or RecipeError."""
         return _look_up(self.executors, name, "executor", self._failed())

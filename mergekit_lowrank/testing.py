@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mergekit_lowrank.formats import tensor_names
 from mergekit_lowrank.lowrank import LowRankUpdate, Update
@@ -77,7 +78,7 @@ def write_tiny_adapter(
         dtype: of the stored factors.
         base_model: written as ``base_model_name_or_path``.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for index, (module, (d_out, d_in)) in enumerate(modules.items()):
         update = random_update(d_out, d_in, (ranks or {}).get(module, rank), seed * 1000 + index, dtype=dtype)
         key_a, key_b = tensor_names(module)

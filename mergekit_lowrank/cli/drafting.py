@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from mergekit_lowrank.api import plan
-from mergekit_lowrank.cli.inspecting import scaling_text, span
+from mergekit_lowrank.cli.headers import ranks_text, scaling_text, type_name, types_text
 from mergekit_lowrank.cli.methods import parameters_of, spaces_of
-from mergekit_lowrank.cli.planning import type_name
 from mergekit_lowrank.cli.tables import aligned, one_line
 from mergekit_lowrank.engine import Plan
 from mergekit_lowrank.formats import Checkpoint
@@ -88,8 +87,7 @@ def _defaults(made: Plan, space: str) -> dict[str, object]:
 
 def _found(checkpoint: Checkpoint) -> tuple[str, ...]:
     headers = list(checkpoint.modules.values())
-    types = ", ".join(dict.fromkeys(type_name(header.dtype) for header in headers))
-    return checkpoint.label, span(h.rank for h in headers), scaling_text(headers), types, str(len(headers))
+    return checkpoint.label, ranks_text(headers), scaling_text(headers), types_text(headers), str(len(headers))
 
 
 def _comment(text: str, *, indent: str = "") -> Iterator[str]:

@@ -22,6 +22,9 @@ FAULT = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
+SHOWN_PROBLEMS = 20
+"""Of one error; more of them have a common cause."""
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -105,20 +108,29 @@ def _explained(error: BaseException) -> tuple[int, str]:
         case click.ClickException():
             return FAULT, f"{_usage(error)}error: {error.format_message()}"
         case MergeError():
-            return FAULT, f"error: {error}"
+            return FAULT, f"error: {_shortened(error)}"
         case OSError() if error.filename and error.strerror:
             return FAULT, f"error: {error.filename}: {error.strerror}"
         case OSError():
             return FAULT, f"error: {error}"
     if _is_out_of_memory(error):
         return FAULT, (
-            f"error: out of memory ({str(error) or 'no more could be had'}). Let the merge hold less with --memory, choose "
-            "a space without dense deltas (joint, core, factors), or close other programs."
+            f"error: out of memory ({str(error) or 'no more could be had'}). Let the merge hold less with --memory, "
+            "choose a space without dense deltas (joint, core, factors), or close other programs."
         )
     return BUG, (
         f"error: this is a bug in mergekit-lowrank: {type(error).__name__}: {error}\n"
         "Please report it, with what --debug shows."
     )
+
+
+def _shortened(error: MergeError) -> str:
+    """The error's text; of very many problems the first ones and the count of the others."""
+    problems = error.problems
+    if len(problems) <= SHOWN_PROBLEMS:
+        return str(error)
+    listing = "\n".join(f"{number}. {problem}" for number, problem in enumerate(problems[:SHOWN_PROBLEMS], 1))
+    return f"{len(problems)} problems:\n{listing}\n... and {len(problems) - SHOWN_PROBLEMS} more"
 
 
 def _usage(error: click.ClickException) -> str:

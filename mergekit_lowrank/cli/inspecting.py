@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from mergekit_lowrank.cli.planning import type_name
+from mergekit_lowrank.cli.headers import ranks_text, scaling_text, type_name, types_text
 from mergekit_lowrank.cli.tables import aligned, fields, one_line
 from mergekit_lowrank.engine import format_bytes, open_checkpoint
 from mergekit_lowrank.formats import Checkpoint, Format, ModuleHeader
@@ -18,7 +18,7 @@ from mergekit_lowrank.lowrank import norm
 from mergekit_lowrank.recipe import resolve_model
 from mergekit_lowrank.registry import Registry
 
-__all__ = ["run_inspect", "scaling_text", "span"]
+__all__ = ["run_inspect"]
 
 COLUMNS = ("modules", "count", "out x in", "rank", "scaling", "type", "norm")
 
@@ -65,8 +65,8 @@ def _facts(checkpoint: Checkpoint, measured: Sequence[_Measured]) -> Iterator[tu
     yield "base model", checkpoint.base_model or "not named"
     if checkpoint.task_type:
         yield "task type", checkpoint.task_type
-    yield "modules", f"{len(headers)}, rank {span(h.rank for h in headers)}, scaling {scaling_text(headers)}"
-    yield "size", f"{format_bytes(sum(h.stored_bytes for h in headers))} in {_types(headers)}"
+    yield "modules", f"{len(headers)}, rank {ranks_text(headers)}, scaling {scaling_text(headers)}"
+    yield "size", f"{format_bytes(sum(h.stored_bytes for h in headers))} in {types_text(headers)}"
     yield "update norm", f"{_total(measured):.4g} over all modules"
     yield "beside LoRA", "nothing"
 
@@ -74,32 +74,15 @@ def _facts(checkpoint: Checkpoint, measured: Sequence[_Measured]) -> Iterator[tu
 def _row(modules: Sequence[_Measured]) -> tuple[str, ...]:
     name, d_out, d_in = modules[0].kind
     headers = [module.header for module in modules]
-    ranks, scaling = span(h.rank for h in headers), scaling_text(headers)
     return (
         name,
         str(len(modules)),
         f"{d_out} x {d_in}",
-        ranks,
-        scaling,
-        _types(headers),
+        ranks_text(headers),
+        scaling_text(headers),
+        types_text(headers),
         f"{_total(modules):.4g}",
     )
-
-
-def span(numbers: Iterator[float], write: Callable[[float], str] = "{:g}".format) -> str:
-    """``4 to 16`` for numbers between 4 and 16, ``8`` where all are."""
-    listed = list(numbers)
-    low, high = write(min(listed)), write(max(listed))
-    return low if low == high else f"{low} to {high}"
-
-
-def scaling_text(headers: Sequence[ModuleHeader]) -> str:
-    """What multiplies B * A, over the modules."""
-    return span(header.scaling for header in headers)
-
-
-def _types(headers: Sequence[ModuleHeader]) -> str:
-    return ", ".join(dict.fromkeys(type_name(header.dtype) for header in headers))
 
 
 def _total(measured: Sequence[_Measured]) -> float:

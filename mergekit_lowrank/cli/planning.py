@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 import click
 
 from mergekit_lowrank.api import plan
+from mergekit_lowrank.cli.headers import type_name
 from mergekit_lowrank.cli.request import Request
 from mergekit_lowrank.cli.tables import aligned, fields, spans
 from mergekit_lowrank.engine import ModulePlan, Plan, format_bytes, parse_bytes
 
-__all__ = ["run_plan", "type_name"]
+__all__ = ["run_plan"]
 
 SHOWN_LABELS = 3
 """Participants are named up to this many; beyond, those that are missing are."""
@@ -104,8 +105,3 @@ def _written(made: Plan) -> str:
     padded = "" if made.uniform_rank is None else f", every module padded to rank {made.uniform_rank}"
     written = made.bytes_written
     return "known once the ranks are" if written is None else f"{format_bytes(written)} of tensors{padded}"
-
-
-def type_name(dtype: object) -> str:
-    """``float16`` for ``torch.float16``."""
-    return str(dtype).removeprefix("torch.")

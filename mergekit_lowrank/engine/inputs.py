@@ -52,7 +52,9 @@ def _opened(entry: ModelEntry, label: str, recipe: Recipe, registry: Registry) -
 def _open(entry: ModelEntry, label: str, recipe: Recipe, registry: Registry) -> Checkpoint:
     if not isinstance(entry.model, str):
         return Adapter(entry.model.state_dict, entry.model.config).open(label=label)
-    return open_checkpoint(resolve_model(entry.model, recipe.directory), registry, label=label)
+    checkpoint = open_checkpoint(resolve_model(entry.model, recipe.directory), registry, label=label)
+    checkpoint.location = entry.model
+    return checkpoint
 
 
 def _placed(problem: MergeError, recipe: Recipe, index: int) -> MergeError:

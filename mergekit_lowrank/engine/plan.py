@@ -16,7 +16,6 @@ from mergekit_lowrank.errors import (
     MemoryBudgetError,
     MergeError,
     RecipeError,
-    StrategyError,
     raise_together,
 )
 from mergekit_lowrank.formats import Checkpoint, ModuleHeader
@@ -190,11 +189,18 @@ class _Draft:
         self._recipe, self._inputs, self._resolver, self._compute = recipe, inputs, resolver, compute
         self._depths = Depths(_module_names(inputs))
         self._largest_rank = max(header.rank for c in inputs for header in c.modules.values())
-        self.problems: list[MergeError] = []
+        self._failures: dict[tuple[type[MergeError], str], list[str]] = {}
 
     def modules(self) -> tuple[ModulePlan, ...]:
-        planned = (self._module(name) for name in _module_names(self._inputs))
+        planned = [self._module(name) for name in _module_names(self._inputs)]
         return tuple(module for module in planned if module is not None)
+
+    @property
+    def problems(self) -> Iterator[MergeError]:
+        """What is wrong, once for all the modules it is wrong with."""
+        for (kind, message), names in self._failures.items():
+            more = f" (and {len(names) - 1} more modules)" if len(names) > 1 else ""
+            yield kind(f"module '{names[0]}'{more}: {message}")
 
     def _module(self, name: str) -> ModulePlan | None:
         participants = tuple(t for t, c in enumerate(self._inputs) if name in c.modules)
@@ -202,11 +208,8 @@ class _Draft:
             settings = self._resolver.of(name, self._depths.of(name))
             weights, total = self._participant_weights(name, settings, participants)
             settings.group.strategy.check_weights(weights, total)
-        except StrategyError as error:
-            self.problems.append(StrategyError(f"module '{name}': {error}"))
-            return None
         except MergeError as error:
-            self.problems.append(error)
+            self._failures.setdefault((type(error), str(error)), []).append(name)
             return None
         headers = [self._inputs[t].modules[name] for t in participants]
         shape = ModuleShape(headers[0].d_out, headers[0].d_in, tuple(h.rank for h in headers))
@@ -232,13 +235,11 @@ class _Draft:
             return own, total
         if self._recipe.missing == "error":
             lacking = ", ".join(f"'{c.label}'" for c in self._inputs if name not in c.modules)
-            raise IncompatibleInputsError(
-                f"module '{name}' is missing in {lacking}, and the recipe says missing: error"
-            )
+            raise IncompatibleInputsError(f"it is missing in {lacking}, and the recipe says missing: error")
         present = sum(own)
         if present == 0:
             raise RecipeError(
-                f"module '{name}': the weights {list(own)} of the inputs that have it sum to 0, so 'missing: present' "
+                f"the weights {list(own)} of the inputs that have it sum to 0, so 'missing: present' "
                 "cannot renormalise them; use 'missing: zero'"
             )
         return tuple(w * total / present for w in own), total

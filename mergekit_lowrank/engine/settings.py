@@ -20,6 +20,12 @@ __all__ = ["Group", "Settings", "SettingsResolver"]
 
 Loc = tuple[str | int, ...]
 
+INSTEAD = {
+    "normalize": "For mergekit's normalize, `ties` takes disjoint: mean (true) or disjoint: sum (false).",
+    "rescale": "mergekit's rescale has no counterpart; `scale` sets how large the merged update is.",
+}
+"""Parameters of mergekit's methods that are called otherwise here."""
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -103,8 +109,8 @@ class SettingsResolver:
         return _Scope(preset, space_class, tuple(sources), inherited, rule, names)
 
     def _space(self, preset: Preset, asked: str | None) -> type[Space]:
-        space = self._registry.space(asked or preset.space or preset.strategy.spaces[0])
-        allowed = (preset.space,) if preset.space else preset.strategy.spaces
+        allowed = self._registry.spaces_of(preset)
+        space = self._registry.space(asked or allowed[0])
         if space.name not in allowed:
             raise RecipeError(
                 f"'{preset.name}' does not work in space '{space.name}'; it works in {', '.join(allowed)}"
@@ -136,7 +142,8 @@ class SettingsResolver:
             nearest = nearest_name(name, known)
             hint = f"; did you mean '{nearest}'?" if nearest else "."
             listing = ", ".join(sorted(known))
-            message = f"'{scope.preset.name}' has no parameter '{name}'{hint} It has: {listing}."
+            instead = f" {INSTEAD[name]}" if name in INSTEAD else ""
+            message = f"'{scope.preset.name}' has no parameter '{name}'{hint}{instead} It has: {listing}."
             yield self._recipe.problem((*at, name), message, key=True)
             return
         if name == "weight":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ MARGIN_DEVIATIONS = 4.0
 MARGIN_SHARE = 0.01
 """Added to it, since blocks of rows differ from each other."""
 
-Bits = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 _INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 

@@ -70,7 +70,8 @@ def _to_retention(target: float, merged: Update, updates: Sequence[LowRankUpdate
     return Scaling(
         1.0,
         f"retention {found:.3g} would need the factor {factor:.3g} to become {target:.3g}, outside "
-        f"[{PLAUSIBLE[0]:g}, {PLAUSIBLE[1]:g}]; the method's own scale is kept (the inputs oppose each other here)",
+        f"[{PLAUSIBLE[0]:g}, {PLAUSIBLE[1]:g}]; the method's own scale is kept. Inputs that oppose each other do this, "
+        "and so do weights far from 1 or an average of very many inputs",
     )
 
 

@@ -92,7 +92,7 @@ Scalar = Annotated[
     told_as("a finite number, text, true, false or a list (of numbers over depth, or of {filter, value})"),
 ]
 
-Gradient = Annotated[tuple[Number, ...], LIST_TO_TUPLE, Field(min_length=1)]
+Gradient = Annotated[tuple[Number, ...], Field(min_length=1), LIST_TO_TUPLE]
 """Points equally spaced over depth, from the first layer to the last."""
 
 

@@ -32,7 +32,7 @@ class InputSummary(_Frozen):
 class Totals(_Frozen):
     """The whole merge in numbers."""
 
-    modules: int
+    modules: int = Field(description="how many were merged")
     merged_norm: float = Field(description="‖ΔW‖_F over all modules, as written")
     mean_input_norm: float = Field(description="mean of the inputs' weighted norms")
     kept_energy: float = Field(description="share of Σσ² that the output rank kept, over all modules")
@@ -40,9 +40,9 @@ class Totals(_Frozen):
         description="the least rank that keeps 99 % of the energy in every module; null where it was not computed"
     )
     largest_relative_error: float | None = Field(description="over the modules, against the exact weighted sum")
-    bytes_read: int
-    bytes_written: int
-    wall_seconds: float
+    bytes_read: int = Field(description="of the inputs' factors, each read once")
+    bytes_written: int = Field(description="of the merged factors")
+    wall_seconds: float = Field(description="of the whole merge")
 
 
 class Report(_Frozen):
@@ -51,14 +51,14 @@ class Report(_Frozen):
     ``modules`` holds one entry for each module; the fields are those of ``ModuleRecord``.
     """
 
-    schema_version: int = SCHEMA_VERSION
-    method: str
-    inputs: tuple[InputSummary, ...]
-    totals: Totals
+    schema_version: int = Field(SCHEMA_VERSION, description="of this file; a higher one may lack or rename fields")
+    method: str = Field(description="the recipe's merge_method")
+    inputs: tuple[InputSummary, ...] = Field(description="one for each input")
+    totals: Totals = Field(description="over all modules")
     rank: int = Field(description="of every module as written; the largest where ranks differ")
-    dtype: str
-    warnings: tuple[str, ...]
-    modules: tuple[Mapping[str, Any], ...]
+    dtype: str = Field(description="of the stored factors")
+    warnings: tuple[str, ...] = Field(description="of the plan and of modules")
+    modules: tuple[Mapping[str, Any], ...] = Field(description="one for each module")
 
     def to_json(self) -> str:
         """The report as indented JSON."""
@@ -127,7 +127,7 @@ def _totals(
 
 
 def _gathered(records: Sequence[ModuleRecord]) -> list[str]:
-    """Warnings of modules: each kind once, with its first example and a count."""
+    """The warnings of all modules as one line: the first, and how many modules have one too."""
     affected = [record for record in records if record.warnings]
     if not affected:
         return []

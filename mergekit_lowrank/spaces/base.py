@@ -63,6 +63,8 @@ class Part:
         device: of the blocks.
         read: gives the (n, …) block of a slice along ``axis``; called as often as a strategy needs passes. A block may
             be a view of stored coordinates: it must not be modified.
+        shares: n coefficients that a weighted mean divides by; None where they are ``weights``. In ``factors`` the
+            weights hold the adapters' scalings, which must not cancel in a mean.
     """
 
     name: str
@@ -73,13 +75,30 @@ class Part:
     dtype: torch.dtype
     device: torch.device
     read: Callable[[slice], Tensor]
+    shares: tuple[float, ...] | None = None
 
     @classmethod
-    def stacked(cls, name: str, stack: Tensor, weights: Sequence[float], sizes: Sequence[int] | None = None) -> Part:
+    def stacked(
+        cls,
+        name: str,
+        stack: Tensor,
+        weights: Sequence[float],
+        sizes: Sequence[int] | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> Part:
         """A part whose coordinates (n, rows, columns) are held in memory."""
         shape = (stack.shape[1], stack.shape[2])
-        own = tuple(sizes) if sizes is not None else (shape[0] * shape[1],) * stack.shape[0]
-        return cls(name, shape, tuple(weights), own, 0, stack.dtype, stack.device, lambda rows: stack[:, rows])
+        return cls(
+            name=name,
+            shape=shape,
+            weights=tuple(weights),
+            sizes=tuple(sizes) if sizes is not None else (shape[0] * shape[1],) * stack.shape[0],
+            axis=0,
+            dtype=stack.dtype,
+            device=stack.device,
+            read=lambda rows: stack[:, rows],
+            shares=tuple(shares) if shares is not None else None,
+        )
 
     @property
     def inputs(self) -> int:

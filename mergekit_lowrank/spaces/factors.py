@@ -30,9 +30,11 @@ class FactorCoordinates(Coordinates):
         products = [w * u.scaling for w, u in zip(weights, updates, strict=True)]
         roots = [math.sqrt(abs(p)) for p in products]
         signed = [math.copysign(root, p) for root, p in zip(roots, products, strict=True)]
+        shares = [math.sqrt(abs(w)) for w in weights]
+        signed_shares = [math.copysign(share, p) for share, p in zip(shares, products, strict=True)]
         self.parts = (
-            Part.stacked("A", a, signed, [u.a.numel() for u in updates]),
-            Part.stacked("B", b, roots, [u.b.numel() for u in updates]),
+            Part.stacked("A", a, signed, [u.a.numel() for u in updates], signed_shares),
+            Part.stacked("B", b, roots, [u.b.numel() for u in updates], shares),
         )
 
     def decode(self, merged: Sequence[Tensor]) -> LowRankUpdate:

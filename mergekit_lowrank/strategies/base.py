@@ -116,7 +116,7 @@ class Strategy(ABC):
         summary: one sentence.
         paper: where it comes from, or empty.
         Params: its parameters.
-        spaces: the spaces it works in, its default first.
+        spaces: the built-in spaces it works in, its default first.
         space_defaults: parameters of a space whose defaults this method changes.
         is_random: whether it draws random numbers (from ``context.generator`` only).
         is_order_free: whether permuted inputs give the same result, to rounding.
@@ -143,6 +143,11 @@ class Strategy(ABC):
             context: weights, per-input parameters, random numbers, survey.
         """
 
+    @classmethod
+    def supports(cls, space: str) -> bool:
+        """Whether the method works in the space of this name."""
+        return space in cls.spaces
+
     def survey(self) -> Survey | None:
         """A new survey where the parameters need one, else None."""
         return None
@@ -168,13 +173,18 @@ class Strategy(ABC):
 
 
 class ElementwiseStrategy(Strategy):
-    """A method that merges entry by entry: one function from n blocks to one. It works in every space.
+    """A method that merges entry by entry: one function from n blocks to one. It works in every space, a plugin's too.
 
     A subclass implements ``merge_block``, or ``merge_part`` where it needs a first pass over the whole part (for a
     threshold, say).
     """
 
     spaces = ("delta", "joint", "core", "factors")
+
+    @classmethod
+    def supports(cls, space: str) -> bool:  # noqa: ARG003 - whatever it is
+        """Every space."""
+        return True
 
     def merge_block(self, block: Tensor, weights: Tensor, context: MergeContext) -> Tensor:
         """The merged entries of one block.
@@ -222,7 +232,7 @@ class Preset:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.space is not None and self.space not in self.strategy.spaces:
+        if self.space is not None and not self.strategy.supports(self.space):
             raise StrategyError(
                 f"preset '{self.name}': '{self.strategy.name}' does not work in space '{self.space}'; "
                 f"it supports {', '.join(self.strategy.spaces)}"

@@ -82,13 +82,13 @@ def disjoint_mean(values: Tensor, weights: Tensor, divisor: Tensor) -> Tensor:
     return total.div_(count.add_(count == 0))
 
 
-def disjoint_max(values: Tensor, sign: Tensor) -> Tensor:
-    """The largest magnitude among the kept entries, with the elected sign.
+def disjoint_max(contributions: Tensor) -> Tensor:
+    """The contribution of largest magnitude at each entry, with its sign; the positive one of two that tie.
 
     Args:
-        values: (n, …), trimmed and agreeing.
-        sign: (…), entries in {-1, 0, +1}.
+        contributions: (n, …), weight times entry, trimmed and agreeing; zero means "not kept".
 
     Source: TIES-Merging's code, ``disjoint_merge`` with ``max``.
     """
-    return values.abs().amax(dim=0) * sign
+    highest, lowest = contributions.amax(dim=0), contributions.amin(dim=0)
+    return torch.where(highest >= -lowest, highest, lowest)

@@ -120,7 +120,8 @@ class Ties(ElementwiseStrategy):
 
     def _merged(self, part: Part, thresholds: Sequence[float], zero_sign: int, tally: SignTally) -> Tensor:
         weights = column(part.weights, part)
-        divisor = {"absolute_weights": weights.abs(), "weights": weights, "count": torch.ones_like(weights)}
+        shares = weights if part.shares is None else column(part.shares, part)
+        divisor = {"absolute_weights": shares.abs(), "weights": shares, "count": torch.ones_like(weights)}
 
         def merge(block: Tensor) -> Tensor:
             kept, sign = self.elected(part, block, thresholds)
@@ -135,7 +136,7 @@ class Ties(ElementwiseStrategy):
                 case "sum":
                     return (agreeing * weights).sum(dim=0)
                 case "max":
-                    return disjoint_max(agreeing * weights, sign)
+                    return disjoint_max(agreeing * weights)
 
         return part.merged(merge)
 
@@ -177,13 +178,9 @@ class TiesSurvey(Survey):
 
     def measure(self, coordinates: Coordinates, context: MergeContext) -> Tally:
         """Digit counts of each input, or the sum of elected signs once the thresholds are known."""
-        return Tally(
-            {
-                key: value
-                for part in coordinates.parts
-                for key, value in (self._signs(part, context) if self.thresholds else self._digits(part, context))
-            }
-        )
+        if self.thresholds:
+            return Tally({"signs": sum(self._signs(part, context) for part in coordinates.parts)})
+        return Tally({key: value for part in coordinates.parts for key, value in self._digits(part, context)})
 
     def _digits(self, part: Part, context: MergeContext) -> list[tuple[Any, Any]]:
         selections = [
@@ -203,13 +200,13 @@ class TiesSurvey(Survey):
             (key, (part.dtype, density, count)) for key, density, count in zip(keys, densities, counts, strict=True)
         ]
 
-    def _signs(self, part: Part, context: MergeContext) -> list[tuple[Any, Any]]:
+    def _signs(self, part: Part, context: MergeContext) -> int:
         found = self.thresholds[part.name]
         thresholds = [found[t] for t in context.participants]
         tally = SignTally()
         for block in part.blocks():
             tally.add(*self._strategy.elected(part, block, thresholds))
-        return [("signs", tally.total)]
+        return tally.total
 
     def conclude(self, total: Tally) -> bool:
         """Narrow the selections by one digit; after the last, ask for the signs where the majority matters."""

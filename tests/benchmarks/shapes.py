@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -56,5 +55,4 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
-    made = write_set(args.root, inputs=args.inputs, layers=args.layers, rank=args.rank)
-    print(json.dumps([str(path) for path in made], indent=1))
+    write_set(args.root, inputs=args.inputs, layers=args.layers, rank=args.rank)

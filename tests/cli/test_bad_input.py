@@ -79,6 +79,11 @@ def test_several_problems_together(refused, tmp_path):
     refused("recipe.yaml", texts=("2 problems:\n1. ", "one", "\n2. ", "two"))
 
 
+def test_very_many_problems_are_shortened(refused, recipe):
+    recipe.write_text(recipe.read_text() + "".join(f"key{n}: 1\n" for n in range(30)))
+    refused(recipe, texts=("30 problems:\n1. ", "\n20. ", "\n... and 10 more"))
+
+
 def test_an_adapter_for_another_base(refused, recipe, code):
     write_adapter(code, tensors(d_out=7))
     texts = ("module 'layers.0.q_proj': 'math' has d_out=6, d_in=5, 'code' has d_out=7, d_in=5", "same base model")

@@ -152,9 +152,10 @@ def test_a_recipe_that_is_not_there_ends_with_2_and_without_a_traceback(tmp_path
     assert finished.stderr == "error: nothing.yaml: there is no such file\n"
 
 
-def test_an_interrupt_in_the_middle_of_a_merge_leaves_nothing(recipe, tmp_path):
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_an_interrupt_in_the_middle_of_a_merge_leaves_nothing(recipe, tmp_path, executor):
     before = tree(tmp_path)
-    command = [sys.executable, "-c", SLOW, "merge", str(recipe), "out", "--executor", "serial"]
+    command = [sys.executable, "-c", SLOW, "merge", str(recipe), "out", "--executor", executor]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout is not None
     assert running.stdout.readline() == "merging\n"

@@ -28,7 +28,7 @@ COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p.relative_to(ROOT)}: {c}" for p, c in COMMANDS])
 def test_a_command_is_understood(page: Path, command: str, workplace: Path) -> None:
     _, name, *arguments = shlex.split(command)
-    group = click.Context(program, info_name="mergekit-lowrank")
+    group = click.Context(program, info_name="mergekit-lowrank", **program.context_settings)
     found = program.get_command(group, name)
     assert found is not None, f"there is no command {name}"
     found.make_context(name, arguments, parent=group)

@@ -53,7 +53,7 @@ def test_the_order_of_patterns_is_kept(tmp_path):
 
 def test_an_existing_directory_is_not_overwritten_unless_asked(tmp_path):
     path = Adapter(state_dict(), config()).save(tmp_path / "math")
-    with pytest.raises(OutputError, match=r"exists already\. Choose another path, or allow it to be overwritten \(--overwrite\)\."):
+    with pytest.raises(OutputError, match=r"exists already\. .* \(--overwrite\)\."):
         Adapter(state_dict(), config(lora_alpha=8)).save(path)
     Adapter(state_dict(), config(lora_alpha=8)).save(path, overwrite=True)
     assert json.loads((path / "adapter_config.json").read_text())["lora_alpha"] == 8

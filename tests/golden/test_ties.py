@@ -56,9 +56,7 @@ def mergekit_strategy(reference: Golden) -> Strategy:
         return Linear(Linear.Params(normalize=p.get("normalize", False)))
     disjoint = "mean" if p.get("normalize", True) else "sum"
     return Ties(
-        Ties.Params(
-            density=p["density"], inclusive=False, divisor="weights", zero_sign="positive", disjoint=disjoint
-        )
+        Ties.Params(density=p["density"], inclusive=False, divisor="weights", zero_sign="positive", disjoint=disjoint)
     )
 
 

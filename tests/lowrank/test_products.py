@@ -74,9 +74,7 @@ def test_the_norm_does_not_depend_on_the_sign_of_the_scaling() -> None:
     seed=st.integers(0, 999),
     coefficient=st.floats(-2, 2),
 )
-def test_the_distance_to_a_weighted_sum_equals_the_dense_one(
-    ranks: list[int], seed: int, coefficient: float
-) -> None:
+def test_the_distance_to_a_weighted_sum_equals_the_dense_one(ranks: list[int], seed: int, coefficient: float) -> None:
     merged, *targets = random_updates(7, 8, [2, *ranks], seed, dtype=torch.float64)
     coefficients = [coefficient] * len(targets)
     total = sum((coefficient * dense(u) for u in targets), torch.zeros(7, 8).double())

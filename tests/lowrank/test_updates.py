@@ -83,9 +83,7 @@ def test_concatenate_equals_the_dense_weighted_sum(
     numbers = st.lists(st.floats(-3, 3), min_size=len(ranks), max_size=len(ranks))
     scalings, coefficients = data.draw(numbers), data.draw(numbers)
     updates = random_updates(d_out, d_in, ranks, seed, scalings=scalings, dtype=torch.float64)
-    dense = sum(
-        (c * densify(u) for c, u in zip(coefficients, updates, strict=True)), torch.zeros(d_out, d_in).double()
-    )
+    dense = sum((c * densify(u) for c, u in zip(coefficients, updates, strict=True)), torch.zeros(d_out, d_in).double())
     stacked = concatenate(updates, coefficients)
     assert stacked.rank == sum(ranks)
     torch.testing.assert_close(densify(stacked), dense, rtol=1e-12, atol=1e-11)

@@ -29,9 +29,7 @@ def test_blocks_cover_every_row_exactly_once_and_in_order(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("limit", [1, 21, 50, 10**6])
-def test_joint_blocks_cover_every_column_exactly_once_and_in_order(
-    monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_joint_blocks_cover_every_column_exactly_once_and_in_order(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     part = JointSpace(JointParams()).encode(random_updates(9, 8, [2, 3], dtype=torch.float64), [1.0, 1.0]).parts[0]
     (whole,) = part.blocks()
     monkeypatch.setattr(base_module, "BLOCK_ENTRIES", limit)

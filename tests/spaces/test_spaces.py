@@ -207,6 +207,13 @@ def test_factors_take_the_root_of_weight_times_scaling_and_the_sign_on_a() -> No
     assert b.weights == pytest.approx((1.0, 2.0))
 
 
+def test_in_factors_a_mean_divides_by_roots_of_the_weights_without_the_scalings() -> None:
+    updates = random_updates(6, 5, [2, 2], scalings=[2.0, 8.0], dtype=torch.float64)
+    a, b = FactorSpace(SpaceParams()).encode(updates, [0.25, -4.0]).parts
+    assert a.shares == pytest.approx((0.5, -2.0))
+    assert b.shares == pytest.approx((0.5, 2.0))
+
+
 def test_one_input_in_factors_comes_back_at_its_weight_and_scaling() -> None:
     (update,) = random_updates(6, 5, [2], scalings=[3.0], dtype=torch.float64)
     coordinates = FactorSpace(SpaceParams()).encode([update], [-0.7])

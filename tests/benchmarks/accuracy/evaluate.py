@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import click
 import torch
 from minilm_tasks import EvalSet, Hits, MiniLm, read_deltas
 
-__all__ = ["Scores", "score"]
+__all__ = ["Scores", "paired_difference", "score"]
 
 RESULTS_FILE = Path(__file__).resolve().parent / "results.json"
 BASE = "base"
@@ -46,16 +46,16 @@ class Scores:
     share_of_experts: float | None
 
 
-def score(hits: Hits, evaluation: EvalSet, experts: Mapping[str, float]) -> Scores:
+def score(hits: Hits, seen: Sequence[str], experts: Mapping[str, float]) -> Scores:
     """The summary of one model's answers.
 
     Args:
         hits: what the model got right.
-        evaluation: the tasks.
+        seen: the tasks that the model's inputs were trained for; the others count as unseen.
         experts: accuracy of each seen task's own expert; may be empty.
     """
     accuracy = {task: hit.mean().item() for task, hit in hits.items()}
-    seen, unseen = evaluation.tasks("seen"), evaluation.tasks("unseen")
+    unseen = [task for task in hits if task not in seen]
     shares = [accuracy[task] / experts[task] for task in seen if task in experts]
     return Scores(
         tasks=accuracy,
@@ -67,17 +67,17 @@ def score(hits: Hits, evaluation: EvalSet, experts: Mapping[str, float]) -> Scor
     )
 
 
-def paired_difference(hits: Hits, others: Hits, tasks: list[str]) -> tuple[float, float]:
+def paired_difference(hits: Hits, others: Hits, tasks: Sequence[str]) -> tuple[float, float]:
     """Mean over tasks of accuracy(hits) − accuracy(others), and its standard error from the example-wise pairs."""
     differences = [hits[task] - others[task] for task in tasks]
     return _mean([d.mean().item() for d in differences]), _mean_stderr(differences)
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _mean_stderr(samples: list[torch.Tensor]) -> float:
+def _mean_stderr(samples: Sequence[torch.Tensor]) -> float:
     """Standard error of the mean of the samples' means."""
     return math.sqrt(sum(s.var(unbiased=False).item() / len(s) for s in samples)) / len(samples)
 
@@ -86,7 +86,8 @@ def known_experts() -> dict[str, float]:
     """The experts' accuracies on their own tasks, as the study measured them; empty before its first run."""
     if not RESULTS_FILE.exists():
         return {}
-    return json.loads(RESULTS_FILE.read_text(encoding="utf-8"))["experts"]
+    found: dict[str, float] = json.loads(RESULTS_FILE.read_text(encoding="utf-8"))["experts"]
+    return found
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def main() -> None:
     found = {}
     for name in options.adapters:
         model = encoder.with_deltas({} if name == BASE else read_deltas(Path(name)))
-        found[name] = asdict(score(evaluation.hits(model, options.split), evaluation, experts))
+        found[name] = asdict(score(evaluation.hits(model, options.split), evaluation.tasks("seen"), experts))
     click.echo(json.dumps(found, indent=1))
 
 

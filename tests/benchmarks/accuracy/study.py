@@ -16,11 +16,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import torch
@@ -56,7 +56,10 @@ SAME_AT_AUTO = {"task_arithmetic": "linear (average)"}
 FACTOR_METHODS = ("robustmerge",)
 """Their result has the inputs' rank, so ``rank: sum`` changes nothing."""
 
-Deltas = dict[str, Tensor]
+RIVALS = (("peft", "ours"), ("quickstart",))
+"""Groups of rows that merge the same inputs."""
+
+Deltas: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,37 +109,40 @@ class Study:
     def experts(self) -> dict[str, float]:
         """Accuracy of each expert on its own task."""
         return {
-            row.name: row.scores.tasks[row.name]
-            for row in self.rows
-            if row.group == "expert" and row.scores is not None
+            row.name: hits[row.name].mean().item()
+            for row, hits in zip(self.rows, self.hits, strict=True)
+            if row.group == "expert"
         }
 
     def measure(self, row: Row, deltas: Deltas) -> None:
         """Add a row."""
         start = time.perf_counter()
         hits = self.evaluation.hits(self.encoder.with_deltas(deltas))
-        found = score(hits, self.evaluation, self.experts)
-        self.rows.append(Row(**{**vars(row), "scores": found}))
+        self.rows.append(row)
         self.hits.append(hits)
-        click.echo(
-            f"{row.group:10} {row.name:18} {row.setting:6} {row.rank:4} seen {100 * found.seen:.1f} "
-            f"unseen {100 * found.unseen:.1f} ({time.perf_counter() - start:.0f} s)",
-            err=True,
-        )
+        accuracies = ", ".join(f"{task} {100 * hit.mean().item():.1f}" for task, hit in hits.items())
+        label = " ".join(filter(None, (row.group, row.name, row.setting, row.rank)))
+        click.echo(f"{label}: {accuracies} ({time.perf_counter() - start:.0f} s)", err=True)
 
-    def ranked(self) -> list[Row]:
-        """The rows, those of merges with their distance from the best of the same inputs on its seen tasks."""
-        rows = list(self.rows)
-        for groups, tasks in ((("peft", "ours"), EXPERTS), (("quickstart",), QUICKSTART_EXPERTS)):
-            members = [i for i, row in enumerate(rows) if row.group in groups]
-            if not members:
-                continue
-            seen = list(tasks)
-            best = max(members, key=lambda i: sum(self.hits[i][t].mean().item() for t in seen))
-            for i in members:
-                difference, stderr = paired_difference(self.hits[best], self.hits[i], seen)
-                rows[i] = Row(**{**vars(rows[i]), "behind_best": difference, "behind_best_stderr": stderr})
+    def scored(self) -> list[Row]:
+        """The rows with their accuracies; merges also with their distance from the best of the same inputs."""
+        experts, rows = self.experts, []
+        for row, hits in zip(self.rows, self.hits, strict=True):
+            best = self._best_rival(row)
+            behind = (None, None) if best is None else paired_difference(best, hits, inputs_of(row))
+            scores = score(hits, inputs_of(row), experts)
+            rows.append(replace(row, scores=scores, behind_best=behind[0], behind_best_stderr=behind[1]))
         return rows
+
+    def _best_rival(self, row: Row) -> Hits | None:
+        rivals = next((groups for groups in RIVALS if row.group in groups), ())
+        every = [hits for other, hits in zip(self.rows, self.hits, strict=True) if other.group in rivals]
+        return max(every, key=lambda hits: sum(hits[task].mean().item() for task in inputs_of(row)), default=None)
+
+
+def inputs_of(row: Row) -> tuple[str, ...]:
+    """The tasks that count as seen."""
+    return QUICKSTART_EXPERTS if row.group == "quickstart" else EXPERTS
 
 
 def norm(deltas: Deltas) -> float:
@@ -152,10 +158,10 @@ def mean_norm(names: Sequence[str]) -> float:
 def peft_merges() -> Iterator[tuple[Row, Deltas]]:
     """``add_weighted_adapter`` on the base model, as its users call it.
 
-    Weights 1 are what its documentation starts from for TIES, and the plain sum for the other two; 1/N averages.
+    Weights 1 give the plain sum (for ``cat`` and ``svd``), 1/N an average.
     """
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
 
     model = PeftModel.from_pretrained(load_base(), ADAPTERS / EXPERTS[0], adapter_name=EXPERTS[0])
     for name in EXPERTS[1:]:
@@ -166,10 +172,10 @@ def peft_merges() -> Iterator[tuple[Row, Deltas]]:
             model.add_weighted_adapter(
                 list(EXPERTS), [weight] * len(EXPERTS), adapter_name="merged", combination_type=kind, **options
             )
-            layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+            layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
             rank = max(layer.r["merged"] for layer in layers.values())
             deltas = {
-                name.removeprefix("base_model.model."): layer.get_delta_weight("merged").detach()  # type: ignore[operator]
+                name.removeprefix("base_model.model."): layer.get_delta_weight("merged").detach()
                 for name, layer in layers.items()
             }
             yield Row("peft", kind, setting, str(rank), norm(deltas) / inputs), deltas
@@ -229,8 +235,9 @@ def environment(dtype: str) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Row], tasks: Sequence[str]) -> Iterator[str]:
-    """Rows as Markdown, in percent."""
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Scored rows as Markdown, in percent."""
+    tasks = list(next(row.scores.tasks for row in rows if row.scores is not None))
     head = ["", "setting", "rank", "seen", "unseen", "% of experts", "behind best", "norm ratio", "energy kept", *tasks]
     yield "| " + " | ".join(head) + " |"
     yield "|---|---|---|" + "--:|" * (len(head) - 3)
@@ -272,16 +279,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     study = run(getattr(torch, options.dtype))
-    facts, rows = environment(options.dtype), study.ranked()
-    document = {"environment": facts, "experts": study.experts, "rows": [asdict(row) for row in rows]}
-    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(study.scored(), study.experts, environment(options.dtype), options.output)
+
+
+def write(rows: Sequence[Row], experts: Mapping[str, float], facts: Mapping[str, Any], output: Path) -> None:
+    """The results as JSON at ``output`` and as Markdown beside it."""
+    document = {"environment": facts, "experts": experts, "rows": [asdict(row) for row in rows]}
+    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     lines = [", ".join(f"{name} {value}" for name, value in facts.items()) + ".", ""]
     for title, groups in (
         ("All five adapters", ("base", "expert", "peft", "ours")),
-        (f"The quickstart: {', '.join(QUICKSTART_EXPERTS)}", ("quickstart",)),
+        (f"The quickstart: {', '.join(QUICKSTART_EXPERTS)} (the other five tasks are unseen)", ("quickstart",)),
     ):
-        lines += [f"## {title}", "", *table([r for r in rows if r.group in groups], study.evaluation.tasks()), ""]
-    options.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+        lines += [f"## {title}", "", *table([row for row in rows if row.group in groups]), ""]
+    output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What only whole processes show: the same bytes whatever the environment, and memory that does not grow."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mergekit_lowrank.testing import write_tiny_adapter
+
+MERGE = """
+import json, sys
+from mergekit_lowrank import merge
+recipe, out, executor = json.loads(sys.argv[1])
+merge(recipe, out, executor=executor)
+"""
+
+MEMORY = """
+import json, sys, threading
+import torch
+from mergekit_lowrank import merge
+
+def anonymous_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+warm, recipe, out = json.loads(sys.argv[1])
+merge(warm)
+before, peak, stop = anonymous_bytes(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not stop.wait(0.002):
+        peak = max(peak, anonymous_bytes())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+merge(recipe, out)
+stop.set()
+watcher.join()
+print(peak - before)
+"""
+
+
+def run(script: str, argument, **environment) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(argument)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def recipe_of(paths, method, **keys):
+    return {"merge_method": method, "models": [{"model": str(path)} for path in paths], **keys}
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "robustmerge", "drm", "knots"])
+def test_threads_hash_seed_and_executor_do_not_change_a_byte(tmp_path, method) -> None:
+    modules = {f"layers.{layer}.{name}": (96, 64) for layer in range(3) for name in ("q", "v")}
+    paths = [write_tiny_adapter(tmp_path / f"in{seed}", modules, rank=8, seed=seed) for seed in range(3)]
+    digests = set()
+    for i, (threads, hash_seed, executor) in enumerate(
+        [("1", "0", "serial"), ("4", "1", "threads"), ("2", "7", "threads")]
+    ):
+        out = tmp_path / f"out{i}"
+        recipe = recipe_of(paths, method, scale="auto")
+        run(
+            MERGE,
+            (recipe, str(out), executor),
+            OMP_NUM_THREADS=threads,
+            MKL_NUM_THREADS=threads,
+            PYTHONHASHSEED=hash_seed,
+        )
+        digests.add(hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("method", ["linear", "robustmerge", "drm"])
+def test_peak_memory_does_not_grow_with_the_number_of_modules(tmp_path, method) -> None:
+    peaks = {}
+    for layers in (4, 48):
+        modules = {f"layers.{layer}.q": (1024, 1024) for layer in range(layers)}
+        root = tmp_path / str(layers)
+        paths = [write_tiny_adapter(root / f"in{seed}", modules, rank=16, seed=seed) for seed in range(4)]
+        warm = recipe_of([write_tiny_adapter(root / "warm", {"layers.0.q": (64, 64)}, rank=4)] * 2, method)
+        peaks[layers] = int(run(MEMORY, (warm, recipe_of(paths, method), str(root / "out"))))
+    # The inputs of the large merge alone are 25 MB: a merge that kept them would show.
+    assert peaks[48] < peaks[4] + 12e6

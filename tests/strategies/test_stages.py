@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_lowrank.strategies.stages import (
+    disjoint_max,
+    disjoint_mean,
+    elect_sign,
+    has_cancelled_votes,
+    keep_agreeing,
+    trim_by_magnitude,
+)
+
+VALUES = torch.tensor([[[4.0, -1.0, 2.0], [0.0, 3.0, -2.0]], [[1.0, -5.0, -2.0], [0.0, -0.5, 4.0]]])
+
+
+def ones() -> Tensor:
+    return torch.ones(2, 1, 1)
+
+
+def test_trim_keeps_entries_at_and_above_the_threshold_of_their_input() -> None:
+    expected = [[[4.0, 0.0, 2.0], [0.0, 3.0, -2.0]], [[0.0, -5.0, 0.0], [0.0, 0.0, 4.0]]]
+    assert trim_by_magnitude(VALUES, [2.0, 4.0]).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trim_at_threshold_zero_keeps_all_even_the_smallest_denormals(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    values = torch.tensor([[tiny, -tiny, 0.0, 1.0]], dtype=dtype)
+    assert torch.equal(trim_by_magnitude(values, [0.0]), values)
+    assert torch.equal(trim_by_magnitude(values, [tiny]), values)
+
+
+def test_trim_at_the_largest_magnitude_keeps_exactly_its_ties() -> None:
+    kept = trim_by_magnitude(torch.tensor([[0.1, -0.3, 0.3, 0.2]]), [float(torch.tensor(0.3))])
+    assert torch.equal(kept, torch.tensor([[0.0, -0.3, 0.3, 0.0]]))
+
+
+def test_elect_by_total_takes_the_sign_of_the_sum() -> None:
+    assert elect_sign(VALUES).tolist() == [[1.0, -1.0, 0.0], [0.0, 1.0, 1.0]]
+
+
+def test_elect_by_frequency_takes_the_sign_of_the_count() -> None:
+    assert elect_sign(VALUES, "frequency").tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_votes_that_cancel_are_noticed_and_absent_ones_are_not() -> None:
+    assert has_cancelled_votes(VALUES, elect_sign(VALUES))
+    silent = VALUES.clone()
+    silent[:, 0, 2] = 0.0
+    assert not has_cancelled_votes(silent, elect_sign(silent))
+
+
+def test_keep_agreeing_zeroes_what_differs_from_the_elected_sign() -> None:
+    sign = torch.tensor([[1.0, -1.0, -1.0], [1.0, 1.0, 0.0]])
+    expected = [[[4.0, -1.0, 0.0], [0.0, 3.0, 0.0]], [[1.0, -5.0, -2.0], [0.0, 0.0, 0.0]]]
+    assert keep_agreeing(VALUES, sign).tolist() == expected
+
+
+def test_keep_agreeing_takes_a_sign_for_each_input() -> None:
+    sign = torch.ones(2, 2, 3) * torch.tensor([1.0, -1.0]).view(2, 1, 1)
+    expected = [[[4.0, 0.0, 2.0], [0.0, 3.0, 0.0]], [[0.0, -5.0, -2.0], [0.0, -0.5, 0.0]]]
+    assert keep_agreeing(VALUES, sign).tolist() == expected
+
+
+def test_disjoint_mean_divides_by_the_kept_entries_only() -> None:
+    kept = torch.tensor([[[4.0, 0.0, 0.0]], [[2.0, -3.0, 0.0]]])
+    assert disjoint_mean(kept, ones(), ones()).tolist() == [[3.0, -3.0, 0.0]]
+
+
+def test_disjoint_mean_divides_by_the_divisors_of_the_kept_entries() -> None:
+    kept = torch.tensor([[[4.0, 0.0]], [[2.0, -3.0]]])
+    weights = torch.tensor([3.0, 1.0]).view(2, 1, 1)
+    assert disjoint_mean(kept, weights, weights).tolist() == [[14 / 4, -3.0]]
+
+
+def test_disjoint_mean_is_the_plain_total_where_divisors_cancel() -> None:
+    kept = torch.tensor([[[4.0]], [[2.0]]])
+    weights = torch.tensor([1.0, -1.0]).view(2, 1, 1)
+    assert disjoint_mean(kept, weights, weights).tolist() == [[2.0]]
+
+
+def test_disjoint_max_takes_the_largest_magnitude_with_the_elected_sign() -> None:
+    kept = torch.tensor([[[4.0, -1.0, 0.0]], [[2.0, -3.0, 0.0]]])
+    assert disjoint_max(kept, torch.tensor([[1.0, -1.0, 1.0]])).tolist() == [[4.0, -3.0, 0.0]]
+
+
+def test_no_stage_modifies_its_arguments() -> None:
+    values, sign, weights = VALUES.clone(), elect_sign(VALUES), ones()
+    before = sign.clone()
+    trim_by_magnitude(values, [2.0, 4.0])
+    elect_sign(values, "frequency")
+    has_cancelled_votes(values, sign)
+    keep_agreeing(values, sign)
+    disjoint_mean(values, weights, weights)
+    disjoint_max(values, sign)
+    assert torch.equal(values, VALUES)
+    assert torch.equal(sign, before)
+    assert torch.equal(weights, ones())
