@@ -179,10 +179,11 @@ def presets() -> str:
 
 def properties(method: str) -> str:
     """What the class of a method declares."""
-    strategy = Registry().method(method).strategy
+    registry = Registry()
+    strategy = registry.method(method).strategy
     yes = {True: "yes", False: "no"}
     rows = [
-        ("spaces (default first)", ", ".join(f"`{space}`" for space in strategy.spaces)),
+        ("spaces (default first)", ", ".join(f"`{space}`" for space in registry.spaces_of(registry.method(method)))),
         ("draws random numbers", yes[strategy.is_random]),
         ("permuted inputs give the same result, to rounding", yes[strategy.is_order_free]),
     ]
@@ -324,8 +325,7 @@ def _sentence(field: Any) -> str:
 
 
 def _spaces_of(preset: Any) -> str:
-    names = (preset.space,) if preset.space else preset.strategy.spaces
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(f"`{name}`" for name in Registry().spaces_of(preset))
 
 
 def attributes(cls: type) -> dict[str, str]:

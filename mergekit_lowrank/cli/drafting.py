@@ -9,7 +9,7 @@ import click
 
 from mergekit_lowrank.api import plan
 from mergekit_lowrank.cli.headers import ranks_text, scaling_text, type_name, types_text
-from mergekit_lowrank.cli.methods import parameters_of, spaces_of
+from mergekit_lowrank.cli.methods import parameters_of
 from mergekit_lowrank.cli.tables import aligned, one_line
 from mergekit_lowrank.engine import Plan
 from mergekit_lowrank.formats import Checkpoint
@@ -60,12 +60,13 @@ def _lines(settings: Mapping[str, object], made: Plan, registry: Registry) -> It
     yield from _comment(Recipe.model_fields["scale"].description or "")
     yield from _yaml({"scale": settings["scale"]})
     yield ""
+    space = registry.spaces_of(preset)[0]
     yield "#parameters:"
     for parameter in parameters_of(preset, registry):
-        if parameter.get("space", spaces_of(preset)[0]) == spaces_of(preset)[0]:
+        if parameter.get("space", space) == space:
             yield from _comment(parameter["description"], indent="  ")
             yield from (f"#  {line}" for line in _yaml({parameter["name"]: parameter["default"]}))
-    for key, value in _defaults(made, spaces_of(preset)[0]).items():
+    for key, value in _defaults(made, space).items():
         yield ""
         example = " For example:" if key == "rules" else ""
         yield from _comment(f"{Recipe.model_fields[key].description}{example}")

@@ -13,7 +13,7 @@ from mergekit_lowrank.cli.tables import aligned, fields
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.strategies import Preset
 
-__all__ = ["parameters_of", "run_strategies", "spaces_of"]
+__all__ = ["parameters_of", "run_strategies"]
 
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
@@ -27,19 +27,14 @@ def run_strategies(name: str | None, *, as_json: bool) -> None:
     elif name:
         click.echo("\n".join(_details(methods[0], registry)))
     else:
-        click.echo("\n".join(fields(pair for preset in methods for pair in _summary(preset))))
+        click.echo("\n".join(fields(pair for preset in methods for pair in _summary(preset, registry))))
         click.echo("\nThe first space is the default. Parameters: mergekit-lowrank strategies NAME")
 
 
-def _summary(preset: Preset) -> Iterator[tuple[str, str]]:
+def _summary(preset: Preset, registry: Registry) -> Iterator[tuple[str, str]]:
     yield preset.name, preset.summary
-    where = f"in {', '.join(spaces_of(preset))}"
+    where = f"in {', '.join(registry.spaces_of(preset))}"
     yield "", f"{where}; {preset.paper}" if preset.paper else where
-
-
-def spaces_of(preset: Preset) -> tuple[str, ...]:
-    """The spaces the method works in, its default first."""
-    return (preset.space,) if preset.space else preset.strategy.spaces
 
 
 def parameters_of(preset: Preset, registry: Registry) -> list[dict[str, Any]]:
@@ -53,7 +48,7 @@ def parameters_of(preset: Preset, registry: Registry) -> list[dict[str, Any]]:
     ]
     theirs = [
         {**described, "belongs_to": "space", "space": name, "per_input": False}
-        for name in spaces_of(preset)
+        for name in registry.spaces_of(preset)
         for described in _described(registry.space(name).Params, fixed)
     ]
     return own + theirs
@@ -79,7 +74,7 @@ def _as_dict(preset: Preset, registry: Registry) -> dict[str, Any]:
         "name": preset.name,
         "summary": preset.summary,
         "paper": preset.paper,
-        "spaces": list(spaces_of(preset)),
+        "spaces": list(registry.spaces_of(preset)),
         "parameters": parameters_of(preset, registry),
         "preset_of": _preset_of(preset),
         "is_random": strategy.is_random,
@@ -93,7 +88,7 @@ def _preset_of(preset: Preset) -> str | None:
 
 def _details(preset: Preset, registry: Registry) -> Iterator[str]:
     yield f"{preset.name}: {preset.summary}"
-    yield from fields(_facts(preset), indent="  ")
+    yield from fields(_facts(preset, registry), indent="  ")
     yield ""
     rows = [_row(parameter) for parameter in parameters_of(preset, registry)]
     yield from aligned(("parameter", "of", "value", "default", "meaning"), rows)
@@ -101,12 +96,12 @@ def _details(preset: Preset, registry: Registry) -> Iterator[str]:
     yield "Every method also takes 'weight' for each model (1 when left out; may be negative)."
 
 
-def _facts(preset: Preset) -> Iterator[tuple[str, str]]:
+def _facts(preset: Preset, registry: Registry) -> Iterator[tuple[str, str]]:
     if preset.paper:
         yield "paper", preset.paper
     if _preset_of(preset):
         yield "preset of", preset.strategy.name
-    default, *others = spaces_of(preset)
+    default, *others = registry.spaces_of(preset)
     yield "spaces", ", ".join([f"{default} (default)" if others else default, *others])
     if preset.strategy.is_random:
         yield "random", "draws random numbers, from the recipe's seed"

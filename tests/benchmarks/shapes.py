@@ -34,7 +34,7 @@ def write_adapter(path: Path, *, layers: int, rank: int, seed: int, dtype: torch
         for name, (_, shape) in tensors.items():
             stream.write(name, (torch.randn(shape, generator=generator) * 0.02).to(dtype))
     config = output_config(
-        base_model="llava-7b-shapes", revision=None, task_type="CAUSAL_LM", modules=list(modules), rank=rank
+        base_model="llava-7b-shapes", revision=None, task_type=None, modules=list(modules), rank=rank
     )
     (path / "adapter_config.json").write_text(config_text({**config, "lora_alpha": 2 * rank}))
 

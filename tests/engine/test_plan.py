@@ -171,7 +171,7 @@ class TestMissingModules:
         assert (module.weights, module.total_weight) == ((4.0,), 4.0)
 
     def test_error_names_the_module_and_the_input(self, paths) -> None:
-        with pytest.raises(IncompatibleInputsError, match=f"module '{DOWN}' is missing in 'partial'"):
+        with pytest.raises(IncompatibleInputsError, match=f"module '{DOWN}': it is missing in 'partial'"):
             plan(recipe_of(paths, missing="error"))
 
     def test_a_missing_module_is_a_warning(self, paths) -> None:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_lowrank.lowrank import densify
+from mergekit_lowrank.spaces import DeltaSpace
+from mergekit_lowrank.strategies import Ties
 from mergekit_lowrank.strategies.stages import (
     disjoint_max,
     disjoint_mean,
@@ -12,6 +15,7 @@ from mergekit_lowrank.strategies.stages import (
     keep_agreeing,
     trim_by_magnitude,
 )
+from mergekit_lowrank.testing import merge_updates, random_update
 
 VALUES = torch.tensor([[[4.0, -1.0, 2.0], [0.0, 3.0, -2.0]], [[1.0, -5.0, -2.0], [0.0, -0.5, 4.0]]])
 
@@ -82,9 +86,16 @@ def test_disjoint_mean_is_the_plain_total_where_divisors_cancel() -> None:
     assert disjoint_mean(kept, weights, weights).tolist() == [[2.0]]
 
 
-def test_disjoint_max_takes_the_largest_magnitude_with_the_elected_sign() -> None:
-    kept = torch.tensor([[[4.0, -1.0, 0.0]], [[2.0, -3.0, 0.0]]])
-    assert disjoint_max(kept, torch.tensor([[1.0, -1.0, 1.0]])).tolist() == [[4.0, -3.0, 0.0]]
+def test_disjoint_max_takes_the_largest_magnitude_with_its_sign() -> None:
+    contributions = torch.tensor([[[4.0, -1.0, 0.0, 2.0]], [[2.0, -3.0, 0.0, -2.0]]])
+    assert disjoint_max(contributions).tolist() == [[4.0, -3.0, 0.0, 2.0]]
+
+
+def test_a_negative_weight_turns_its_input_round_under_disjoint_max() -> None:
+    update = random_update(5, 4, 2)
+    strategy = Ties(Ties.Params(density=1, disjoint="max", weighted_election=False))
+    merged = merge_updates(strategy, DeltaSpace(DeltaSpace.Params()), [update], [-1.0])
+    torch.testing.assert_close(densify(merged), -densify(update))
 
 
 def test_no_stage_modifies_its_arguments() -> None:
@@ -95,7 +106,7 @@ def test_no_stage_modifies_its_arguments() -> None:
     has_cancelled_votes(values, sign)
     keep_agreeing(values, sign)
     disjoint_mean(values, weights, weights)
-    disjoint_max(values, sign)
+    disjoint_max(values)
     assert torch.equal(values, VALUES)
     assert torch.equal(sign, before)
     assert torch.equal(weights, ones())
