@@ -23,11 +23,12 @@ __all__ = [
     "left_singular_basis",
     "svd",
     "thin_qr",
+    "triangular_factor",
 ]
 
 SMALL_SIDE = 512
-"""Decompositions whose smaller side is at most this run on the CPU: the transfer costs less than a GPU's launch of many
-small kernels, and MPS has no decompositions of its own. Not yet measured on a GPU."""
+"""Matrices up to this size on both sides, such as cores, are decomposed on the CPU: the transfer costs less than a GPU's
+many small kernels. MPS has no decompositions of its own. Not yet measured on a GPU."""
 
 
 def in_double(tensor: Tensor) -> Tensor:
@@ -40,8 +41,22 @@ def thin_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if 0 in matrix.shape:
         k = min(matrix.shape)
         return matrix.new_zeros(matrix.shape[0], k), matrix.new_zeros(k, matrix.shape[1])
-    q, r = torch.linalg.qr(matrix)
-    return q, r
+    q, r = torch.linalg.qr(_where_it_pays(matrix))
+    return q.to(matrix.device), r.to(matrix.device)
+
+
+def triangular_factor(matrix: Tensor) -> Tensor:
+    """R (k, n) of the thin QR alone, which costs half: it has the inner products of the columns of ``matrix``."""
+    if 0 in matrix.shape:
+        return matrix.new_zeros(min(matrix.shape), matrix.shape[1])
+    _, r = torch.linalg.qr(_where_it_pays(matrix), mode="r")
+    return r.to(matrix.device)
+
+
+def _where_it_pays(matrix: Tensor) -> Tensor:
+    """The matrix on the device that decomposes it: its own, or the CPU for small ones and where MPS cannot."""
+    small = min(matrix.shape) <= SMALL_SIDE and max(matrix.shape) <= SMALL_SIDE
+    return matrix.cpu() if matrix.device.type == "mps" or (matrix.device.type != "cpu" and small) else matrix
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +67,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if 0 in matrix.shape:
         k = min(matrix.shape)
         return matrix.new_zeros(matrix.shape[0], k), matrix.new_zeros(k), matrix.new_zeros(k, matrix.shape[1])
-    small = matrix.device.type != "cpu" and min(matrix.shape) <= SMALL_SIDE
-    u, s, vh = torch.linalg.svd(matrix.cpu() if small else matrix, full_matrices=False)
+    u, s, vh = torch.linalg.svd(_where_it_pays(matrix), full_matrices=False)
     return u.to(matrix.device), s.to(matrix.device), vh.to(matrix.device)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_lowrank.lowrank.decompositions import in_double, thin_qr
+from mergekit_lowrank.lowrank.decompositions import in_double, triangular_factor
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate
 
 __all__ = ["distance", "inner", "norm"]
@@ -54,6 +54,5 @@ def norm(update: Update) -> float:
 def distance(update: LowRankUpdate, targets: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> float:
     """‖M − Σ_t c_t ΔW_t‖_F from the core of [M, −Σ], so that nearly equal updates do not cancel."""
     difference = concatenate([update, *targets], [1.0, *(-c for c in coefficients)])
-    _, r_b = thin_qr(difference.b)
-    _, r_a = thin_qr(difference.a.T)
+    r_b, r_a = triangular_factor(difference.b), triangular_factor(difference.a.T)
     return float(torch.linalg.matrix_norm(in_double(r_b) @ in_double(r_a).T)) * abs(difference.scaling)

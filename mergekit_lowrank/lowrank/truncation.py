@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr
-from mergekit_lowrank.lowrank.updates import LowRankUpdate, Update
+from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr, triangular_factor
+from mergekit_lowrank.lowrank.products import inner
+from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update
 
 __all__ = ["Spectrum", "Truncation", "factorise", "spectrum_of"]
 
@@ -72,13 +73,13 @@ def _factorise_low(update: LowRankUpdate) -> Truncation:
     q_a, r_a = thin_qr(update.a.T)
     u, s, vh = svd(r_b @ r_a.T * update.scaling)
     left, right = fix_signs(q_b @ u, vh @ q_a.T)
-    values = s.double().cpu()
+    values = s.cpu().double()
     return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
 
 
 def spectrum_of(update: LowRankUpdate) -> Spectrum:
     """The singular values of a low-rank update, from its core; no vectors."""
-    r_b, r_a = torch.linalg.qr(update.b, mode="r").R, torch.linalg.qr(update.a.T, mode="r").R
+    r_b, r_a = triangular_factor(update.b), triangular_factor(update.a.T)
     values = torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()).double()
     return Spectrum(values, float(values.square().sum()), complete=True)
 
@@ -86,7 +87,7 @@ def spectrum_of(update: LowRankUpdate) -> Spectrum:
 def _factorise_dense(delta: Tensor) -> Truncation:
     u, s, vh = svd(delta)
     left, right = fix_signs(u, vh)
-    values = s.double().cpu()
+    values = s.cpu().double()
     return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
 
 
@@ -98,21 +99,21 @@ def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncat
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     width = min(rank + max(OVERSAMPLING, rank), tall.shape[1])
     probe = torch.randn(tall.shape[1], width, generator=generator, dtype=torch.float32).to(delta)
-    energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64).square())
+    energy = inner(DenseUpdate(delta), DenseUpdate(delta))
     captured = 0.0
     right, _ = thin_qr(probe)
     for _ in range(MAXIMUM_ITERATIONS):
         left, _ = thin_qr(tall @ right)
         right, r = thin_qr(tall.T @ left)
         u, s, vh = svd(r.T)
-        previous, captured = captured, float(s[:rank].double().square().sum())
+        previous, captured = captured, float(s[:rank].cpu().double().square().sum())
         if captured <= previous * (1 + ENERGY_TOLERANCE):
             break
     left, right_t = left @ u, vh @ right.T
     if tall is not delta:
         left, right_t = right_t.T, left.T
     left, right_t = fix_signs(left, right_t)
-    return Truncation(left, right_t, Spectrum(s.double().cpu(), energy, complete=width == tall.shape[1]))
+    return Truncation(left, right_t, Spectrum(s.cpu().double(), energy, complete=width == tall.shape[1]))
 
 
 def factorise(update: Update, rank: int, generator: torch.Generator) -> Truncation:

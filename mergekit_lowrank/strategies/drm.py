@@ -85,7 +85,7 @@ class Drm(Strategy):
             nonlocal total, cancelled
             scaled = trim_by_magnitude(block, limits).mul_(sigma)
             sign = elect_sign(scaled)
-            total += int(sign.sum(dtype=torch.float64))
+            total += int(sign.sum(dtype=torch.int64))
             cancelled = cancelled or has_cancelled_votes(scaled, sign)
             agreeing = keep_agreeing(scaled, sign.add_((sign == 0) * zero_sign)).mul_(weights)
             if self.params.disjoint_mean:

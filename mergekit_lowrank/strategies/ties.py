@@ -158,7 +158,7 @@ class SignTally:
 
     def add(self, kept: Tensor, sign: Tensor) -> None:
         """Count the signs of one block."""
-        self.total += int(sign.sum(dtype=torch.float64))
+        self.total += int(sign.sum(dtype=torch.int64))
         self.cancelled = self.cancelled or has_cancelled_votes(kept, sign)
 
 

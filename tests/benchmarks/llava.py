@@ -3,8 +3,8 @@
 
     python tests/benchmarks/llava.py ROOT [--layers 32] [--inputs 8] [--rank 16] [--runs 3] [--jobs NAME ...]
 
-Every job runs in a process of its own, ours and peft's in turn. Measured: wall seconds from the first file read to the
-last file written (imports apart), processor seconds, and peak anonymous memory beyond that of the process with torch and
+Every job runs in a process of its own, ours and peft's in turn. Measured: wall seconds from the first file read to
+the last file written (imports apart), processor seconds, and peak anonymous memory beyond that of the process with torch and
 the libraries loaded. peft gets a base model whose weights take no memory. Its ``svd`` types are timed on one module of
 each shape and extrapolated to the model, and marked so.
 """
@@ -68,7 +68,7 @@ def run_ours(method: str, paths: list[str], out: str) -> dict[str, float]:
     return measured(lambda: merge(recipe, out, overwrite=True))
 
 
-def skeleton(layers: int, shapes: dict[str, tuple[int, int]]):  # noqa: ANN201 - torch is imported late
+def skeleton(layers: int, shapes: dict[str, tuple[int, int]]):
     """A model of linear layers whose weights share one number."""
     import torch
     from torch import nn
@@ -83,7 +83,9 @@ def skeleton(layers: int, shapes: dict[str, tuple[int, int]]):  # noqa: ANN201 -
             parent, _, leaf = name.partition(".")
             linear = nn.Linear(1, 1, bias=False, dtype=torch.float16)
             linear.in_features, linear.out_features = d_in, d_out
-            linear.weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.float16).expand(d_out, d_in), requires_grad=False)
+            linear.weight = nn.Parameter(
+                torch.zeros(1, 1, dtype=torch.float16).expand(d_out, d_in), requires_grad=False
+            )
             setattr(getattr(layer, parent), leaf, linear)
         root.model.layers.append(layer)
     root.config = {"model_type": "custom"}
@@ -91,7 +93,9 @@ def skeleton(layers: int, shapes: dict[str, tuple[int, int]]):  # noqa: ANN201 -
     return root
 
 
-def run_peft(method: str, paths: list[str], out: str, layers: int, shapes: dict[str, tuple[int, int]]) -> dict[str, float]:
+def run_peft(
+    method: str, paths: list[str], out: str, layers: int, shapes: dict[str, tuple[int, int]]
+) -> dict[str, float]:
     """Load, add_weighted_adapter, save: what a peft user does."""
     from peft import PeftModel
 
@@ -188,7 +192,11 @@ def main() -> None:
         spec = {"who": who, "method": method, "paths": paths, "out": str(args.root / "out")}
         spec |= {"layers": args.layers, "rank": args.rank}
         found[job] = run_job(spec, 1 if method in PEFT_MODULES else args.runs)
-        found["machine"] = {"processors": os.cpu_count(), "machine": platform.machine(), "python": sys.version.split()[0]}
+        found["machine"] = {
+            "processors": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": sys.version.split()[0],
+        }
         target.write_text(json.dumps(found, indent=1))
         sys.stdout.write(f"{job}: {json.dumps(found[job])}\n")
         sys.stdout.flush()
