@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 SMALL_SIDE = 512
-"""Matrices up to this size on both sides, such as cores, are decomposed on the CPU: the transfer costs less than a GPU's
-many small kernels. MPS has no decompositions of its own. Not yet measured on a GPU."""
+"""Matrices up to this size on both sides, such as cores, are decomposed on the CPU: the transfer costs less than many
+small kernels on a GPU. MPS has no decompositions of its own. Not yet measured on a GPU."""
 
 
 def in_double(tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def triangular_factor(matrix: Tensor) -> Tensor:
     """R (k, n) of the thin QR alone, which costs half: it has the inner products of the columns of ``matrix``."""
     if 0 in matrix.shape:
         return matrix.new_zeros(min(matrix.shape), matrix.shape[1])
-    _, r = torch.linalg.qr(_where_it_pays(matrix), mode="r")
+    r: Tensor = torch.linalg.qr(_where_it_pays(matrix), mode="r").R
     return r.to(matrix.device)
 
 

@@ -86,7 +86,8 @@ class EnergyRank(RankPolicy):
         asked = self.first_guess
         state = generator.get_state()
         while True:
-            truncation = factorise(update, min(asked, self.limit), generator.set_state(state))
+            generator.set_state(state)  # the same start whatever was tried before
+            truncation = factorise(update, min(asked, self.limit), generator)
             rank = truncation.spectrum.rank_for(self.share)
             if rank is not None or asked >= self.limit:
                 # A zero update needs rank 0 and gets one direction; a share that is never reached takes all.

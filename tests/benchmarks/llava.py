@@ -4,9 +4,9 @@
     python tests/benchmarks/llava.py ROOT [--layers 32] [--inputs 8] [--rank 16] [--runs 3] [--jobs NAME ...]
 
 Every job runs in a process of its own, ours and peft's in turn. Measured: wall seconds from the first file read to
-the last file written (imports apart), processor seconds, and peak anonymous memory beyond that of the process with torch and
-the libraries loaded. peft gets a base model whose weights take no memory. Its ``svd`` types are timed on one module of
-each shape and extrapolated to the model, and marked so.
+the last file written (imports apart), processor seconds, and peak anonymous memory beyond that of the process with
+torch and the libraries loaded. peft gets a base model whose weights
+take no memory. Its ``svd`` types are timed on one module of each shape and extrapolated to the model, and marked so.
 """
 
 from __future__ import annotations
