@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, overload
@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from mergekit_lowrank.engine import (
     MemorySink,
     Plan,
+    SettingsResolver,
     Sink,
     build_plan,
     default_memory_bytes,
@@ -27,10 +28,10 @@ from mergekit_lowrank.engine import (
 from mergekit_lowrank.errors import MergeError, OutputError, raise_together
 from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, Reporter
 from mergekit_lowrank.executors import Executor
-from mergekit_lowrank.formats import CONFIG_NAME, Adapter, config_text, new_directory, output_config
+from mergekit_lowrank.formats import CONFIG_NAME, Adapter, config_text, new_directory, output_config, write_text
 from mergekit_lowrank.recipe import Recipe, load_recipe, parse_recipe
 from mergekit_lowrank.registry import Registry
-from mergekit_lowrank.report import Report, background_digests, build_manifest, build_report, model_card
+from mergekit_lowrank.report import Digests, Report, background_digests, build_manifest, build_report, model_card
 
 __all__ = ["MergedAdapter", "RecipeLike", "merge", "plan"]
 
@@ -70,8 +71,10 @@ def plan(
     """
     registry = registry or Registry.load()
     resolved = _as_recipe(recipe)
-    inputs = open_inputs(resolved, registry)
-    made = build_plan(resolved, inputs, registry, memory_bytes=memory_bytes or default_memory_bytes())
+    settings = SettingsResolver(resolved, registry)
+    inputs = open_inputs(resolved, registry, problems=settings.problems)
+    budget = default_memory_bytes() if memory_bytes is None else memory_bytes
+    made = build_plan(resolved, inputs, settings, memory_bytes=budget)
     if strict:
         _refuse_warnings(made.warnings)
     return made
@@ -130,7 +133,7 @@ def merge(
     registry = registry or Registry.load()
     start = time.perf_counter()
     made = plan(recipe, registry=registry, memory_bytes=memory_bytes, strict=strict)
-    followers = [*reporters, *(cls() for cls in registry.reporters.values())]
+    followers = _Followers([*reporters, *(cls() for cls in registry.reporters.values())])
     run = _Run(made, registry, select_device(device), registry.executor(executor)(), followers, strict, start)
     if output is None:
         return run.into_memory()
@@ -147,47 +150,57 @@ class _Run:
         registry: Registry,
         device: torch.device,
         executor: Executor,
-        reporters: Sequence[Reporter],
+        followers: _Followers,
         strict: bool,
         start: float,
     ) -> None:
         self._plan, self._registry, self._device, self._executor = made, registry, device, executor
-        self._reporters, self._strict, self._start = reporters, strict, start
+        self._followers, self._strict, self._start = followers, strict, start
 
     def into_memory(self) -> MergedAdapter:
-        with self._followed(None):
+        with closing(self._followers):
             sink = MemorySink(self._plan)
             report = self._run(sink)
+            self._followers.tell(MergeFinished(None, self._seconds()))
         return MergedAdapter(sink.state_dict, self._config(sink), report)
 
     def into_directory(self, output: Path, *, overwrite: bool, hash_sources: bool) -> Report:
         sources = [path for checkpoint in self._plan.inputs for path in checkpoint.files]
-        with (
-            self._followed(str(output)),
-            new_directory(output, overwrite=overwrite) as partial,
-            background_digests(sources, enabled=hash_sources) as digests,
-        ):
-            sink = file_sink(partial / TENSOR_FILE, self._plan)
-            report = self._run(sink)
-            method = self._registry.method(self._plan.recipe.merge_method)
-            texts = {
-                CONFIG_NAME: config_text(self._config(sink)),
-                "README.md": model_card(self._plan, report, method, digests()),
-                "recipe.yaml": _relative_to(output, self._plan).to_yaml(),
-                "report.json": report.to_json(),
-            }
-            for name, text in texts.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            outputs = {name: partial / name for name in (TENSOR_FILE, *texts)}
-            manifest = build_manifest(self._plan, digests(), outputs)
-            (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+        with closing(self._followers):
+            with (
+                new_directory(output, overwrite=overwrite) as partial,
+                background_digests(sources, enabled=hash_sources) as digests,
+            ):
+                report = self._fill(partial, output, digests)
+            self._followers.tell(MergeFinished(str(output), self._seconds()))
+        return report
+
+    def _fill(self, partial: Path, output: Path, digests: Callable[[], Digests]) -> Report:
+        """Everything the output holds, written into ``partial``."""
+        sink = file_sink(partial / TENSOR_FILE, self._plan)
+        report = self._run(sink)
+        method = self._registry.method(self._plan.recipe.merge_method)
+        texts = {
+            CONFIG_NAME: config_text(self._config(sink)),
+            "README.md": model_card(self._plan, report, method, digests()),
+            "recipe.yaml": _relative_to(output, self._plan).to_yaml(),
+            "report.json": report.to_json(),
+        }
+        for name, text in texts.items():
+            write_text(partial / name, text)
+        outputs = {name: partial / name for name in (TENSOR_FILE, *texts)}
+        manifest = build_manifest(self._plan, digests(), outputs)
+        write_text(partial / "manifest.json", manifest)
         return report
 
     def _run(self, sink: Sink) -> Report:
-        self._tell(MergeStarted(len(self._plan.modules), self._plan.bytes_read))
+        tell = self._followers.tell
         with sink:
-            records = run_plan(self._plan, sink, executor=self._executor, device=self._device, tell=self._tell)
-        report = build_report(self._plan, records, sink.ranks, wall_seconds=time.perf_counter() - self._start)
+            tell(MergeStarted(len(self._plan.modules), self._plan.bytes_read))
+            records = run_plan(self._plan, sink, executor=self._executor, device=self._device, tell=tell)
+        report = build_report(
+            self._plan, records, sink.ranks, wall_seconds=self._seconds(), warnings=self._followers.warnings
+        )
         if self._strict:
             _refuse_warnings(report.warnings)
         return report
@@ -204,18 +217,33 @@ class _Run:
             rank_pattern=sink.ranks,
         )
 
-    def _tell(self, event: Event) -> None:
-        for reporter in self._reporters:
-            reporter.handle(event)
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._start
 
-    @contextmanager
-    def _followed(self, location: str | None) -> Iterator[None]:
-        try:
-            yield
-            self._tell(MergeFinished(location, time.perf_counter() - self._start))
-        finally:
-            for reporter in self._reporters:
-                reporter.close()
+
+class _Followers:
+    """The reporters of one merge. One that raises is heard no more, and the report says so; the merge goes on."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self._reporters = list(reporters)
+        self.warnings: list[str] = []
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to every reporter."""
+        self._each(lambda reporter: reporter.handle(event))
+
+    def close(self) -> None:
+        """The merge ended, well or not."""
+        self._each(lambda reporter: reporter.close())
+
+    def _each(self, call: Callable[[Reporter], None]) -> None:
+        for reporter in tuple(self._reporters):
+            try:
+                call(reporter)
+            except Exception as error:  # noqa: PERF203 - whatever a reporter does, it is not the merge's fault
+                self._reporters.remove(reporter)
+                name = getattr(reporter, "name", type(reporter).__name__)
+                self.warnings.append(f"reporter '{name}' failed and was left out: {type(error).__name__}: {error}")
 
 
 def _refuse_warnings(warnings: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ class ModuleMerged:
     Attributes:
         module: its name.
         rank: of its merged update.
-        wall_seconds: from its first read to its last write.
+        wall_seconds: of its merge, reading and writing apart.
     """
 
     module: str
@@ -58,7 +58,7 @@ class MergeFinished:
 
     Attributes:
         location: the output directory; None for a merge in memory.
-        wall_seconds: of the whole merge, planning apart.
+        wall_seconds: of the whole merge, planning included.
     """
 
     location: str | None

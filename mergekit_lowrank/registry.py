@@ -18,7 +18,16 @@ from mergekit_lowrank.executors import Executor, SerialExecutor, ThreadExecutor
 from mergekit_lowrank.formats import Format, PeftFormat
 from mergekit_lowrank.hookspecs import ENTRY_POINT_GROUP, HookSpecs, hookimpl
 from mergekit_lowrank.spaces import CoreSpace, DeltaSpace, FactorSpace, JointSpace, Space
-from mergekit_lowrank.strategies import BUILT_IN_PRESETS, Drm, Linear, Preset, RobustMerge, Strategy, Ties
+from mergekit_lowrank.strategies import (
+    BUILT_IN_PRESETS,
+    Drm,
+    ElementwiseStrategy,
+    Linear,
+    Preset,
+    RobustMerge,
+    Strategy,
+    Ties,
+)
 
 __all__ = ["DISABLE_VARIABLE", "PluginRecord", "Registry"]
 
@@ -137,12 +146,15 @@ class Registry:
             self._manager.check_pending()
             offers = {hook: self._offered(plugin, hook) for hook in HOOKS}
             self._check(name, offers)
-        except (pluggy.PluginValidationError, ValueError) as error:
-            self._forget(plugin)
-            raise PluginError(_hook_problem(name, plugin, error)) from error
         except PluginError:
             self._forget(plugin)
             raise
+        except Exception as error:
+            self._forget(plugin)
+            raise PluginError(_hook_problem(name, plugin, error)) from error
+        if not any(offers.values()):
+            self._forget(plugin)
+            raise PluginError(f"plugin '{name}' registers nothing: mark its hooks ({', '.join(HOOKS)}) with hookimpl")
         self._add(name, offers)
         registers = {hook: tuple(item.name for item in items) for hook, items in offers.items() if items}
         self.plugins.append(PluginRecord(name, distribution, version, registers))
@@ -154,6 +166,9 @@ class Registry:
     def _offered(self, plugin: object, hook: str) -> list[Any]:
         others = [other for other in self._manager.get_plugins() if other is not plugin]
         results = self._manager.subset_hook_caller(hook, others)()
+        for result in results:
+            if not isinstance(result, list | tuple):
+                raise PluginError(f"hook '{hook}' returned {result!r}; expected a list")
         return [item for result in results for item in result]
 
     def _check(self, plugin: str, offers: Mapping[str, Sequence[Any]]) -> None:
@@ -230,12 +245,18 @@ def _check_extension(plugin: str, hook: str, item: Any, kind: type) -> None:
         missing.append("spaces")
     if missing:
         raise PluginError(f"plugin '{plugin}': {item!r} lacks {', '.join(missing)}")
+    if issubclass(cls, ElementwiseStrategy) and not _overrides(cls, ("merge_block", "merge_part", "merge")):
+        raise PluginError(f"plugin '{plugin}': {item!r} implements none of merge_block, merge_part and merge")
     params = getattr(cls, "Params", BaseModel)
     taken = RESERVED_PARAMETERS & set(params.model_fields)
     if taken:
         raise PluginError(
             f"plugin '{plugin}': '{item.name}' has a parameter called {', '.join(taken)}, a reserved name"
         )
+
+
+def _overrides(cls: type[ElementwiseStrategy], names: Sequence[str]) -> bool:
+    return any(getattr(cls, name) is not getattr(ElementwiseStrategy, name) for name in names)
 
 
 def _hook_problem(name: str, plugin: object, error: Exception) -> str:

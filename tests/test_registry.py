@@ -128,12 +128,49 @@ def test_a_parameter_called_weight_is_refused() -> None:
     class Weighty(ElementwiseStrategy):
         name, summary, Params = "weighty", "clashes", WeightParams
 
+        def merge_block(self, block, weights, context):
+            return block.sum(dim=0)
+
     class Wrong:
         @hookimpl
         def strategies(self):
             return [Weighty]
 
     with pytest.raises(PluginError, match="a parameter called weight, a reserved name"):
+        Registry().register(Wrong(), "wrong")
+
+
+def test_a_hook_that_returns_no_list_is_refused_and_forgotten() -> None:
+    class Wrong:
+        @hookimpl
+        def strategies(self):
+            return Median
+
+    registry = Registry()
+    with pytest.raises(PluginError, match=r"hook 'strategies' returned .*Median.*; expected a list"):
+        registry.register(Wrong(), "wrong")
+    registry.register(MedianPlugin(), "wrong")
+
+
+def test_a_plugin_whose_hooks_are_not_marked_is_refused() -> None:
+    class Unmarked:
+        def strategies(self):
+            return [Median]
+
+    with pytest.raises(PluginError, match=r"registers nothing: mark its hooks .* with hookimpl"):
+        Registry().register(Unmarked(), "unmarked")
+
+
+def test_an_elementwise_strategy_that_implements_nothing_is_refused() -> None:
+    class Empty(ElementwiseStrategy):
+        name, summary = "empty", "implements nothing"
+
+    class Wrong:
+        @hookimpl
+        def strategies(self):
+            return [Empty]
+
+    with pytest.raises(PluginError, match="implements none of merge_block, merge_part and merge"):
         Registry().register(Wrong(), "wrong")
 
 

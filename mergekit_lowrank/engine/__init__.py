@@ -6,6 +6,7 @@ from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes, p
 from mergekit_lowrank.engine.merging import ModuleRecord
 from mergekit_lowrank.engine.pipeline import run_plan
 from mergekit_lowrank.engine.plan import ModulePlan, Plan, build_plan
+from mergekit_lowrank.engine.settings import SettingsResolver
 from mergekit_lowrank.engine.sinks import MemorySink, Sink, file_sink
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ModulePlan",
     "ModuleRecord",
     "Plan",
+    "SettingsResolver",
     "Sink",
     "build_plan",
     "default_memory_bytes",

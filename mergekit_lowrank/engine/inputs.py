@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 from mergekit_lowrank.errors import CheckpointError, MergeError, raise_together
@@ -24,35 +25,51 @@ def open_checkpoint(path: Path, registry: Registry, *, label: str) -> Checkpoint
         reader = format_class()
         if reader.recognises(path):
             return reader.open(path, label=label)
+    if path.is_file() and any(cls().recognises(path.parent) for cls in registry.formats.values()):
+        raise CheckpointError(f"'{path}' is a file of a checkpoint; give its directory, '{path.parent}'.")
     known = "; ".join(f"{cls.name} ({cls.summary})" for cls in registry.formats.values())
     raise CheckpointError(f"'{path}' is not a checkpoint of a known format. Known formats: {known}.")
 
 
-def open_inputs(recipe: Recipe, registry: Registry) -> list[Checkpoint]:
-    """One checkpoint for each model of the recipe; all problems are raised together."""
+def open_inputs(recipe: Recipe, registry: Registry, *, problems: Sequence[MergeError] = ()) -> list[Checkpoint]:
+    """One checkpoint for each model of the recipe.
+
+    Args:
+        recipe: what to merge.
+        registry: its formats open the checkpoints.
+        problems: known beforehand. They are raised together with those of local inputs, and nothing is downloaded.
+
+    Raises:
+        MergeError: all problems.
+    """
+    download = _postpone if problems else None
     checkpoints: list[Checkpoint] = []
-    problems: list[MergeError] = []
+    found = list(problems)
     for index, (entry, label) in enumerate(zip(recipe.models, _labels(recipe.models), strict=True)):
-        opened = _opened(entry, label, recipe, registry)
-        if isinstance(opened, MergeError):
-            problems += [_placed(problem, recipe, index) for problem in opened.problems]
-        else:
-            checkpoints.append(opened)
-    raise_together(problems)
+        try:
+            checkpoints.append(_open(entry, label, recipe, registry, download))
+        except MergeError as error:  # noqa: PERF203 - every input's problem is wanted
+            found += [_placed(problem, recipe, index) for problem in error.problems]
+        except _PostponedError:
+            continue
+    raise_together(found)
     return checkpoints
 
 
-def _opened(entry: ModelEntry, label: str, recipe: Recipe, registry: Registry) -> Checkpoint | MergeError:
-    try:
-        return _open(entry, label, recipe, registry)
-    except MergeError as error:
-        return error
+class _PostponedError(Exception):
+    """A download that would be of no use."""
 
 
-def _open(entry: ModelEntry, label: str, recipe: Recipe, registry: Registry) -> Checkpoint:
+def _postpone(*_: object, **__: object) -> str:
+    raise _PostponedError
+
+
+def _open(
+    entry: ModelEntry, label: str, recipe: Recipe, registry: Registry, download: Callable[..., str] | None
+) -> Checkpoint:
     if not isinstance(entry.model, str):
         return Adapter(entry.model.state_dict, entry.model.config).open(label=label)
-    checkpoint = open_checkpoint(resolve_model(entry.model, recipe.directory), registry, label=label)
+    checkpoint = open_checkpoint(resolve_model(entry.model, recipe.directory, download=download), registry, label=label)
     checkpoint.location = entry.model
     return checkpoint
 
@@ -67,8 +84,9 @@ def _labels(entries: Sequence[ModelEntry]) -> list[str]:
         Path(entry.model.rpartition("@")[0] or entry.model).name if isinstance(entry.model, str) else "adapter"
         for entry in entries
     ]
-    counts, seen, labels = Counter(names), Counter[str](), []
+    counts, labels = Counter(names), list[str]()
     for name in names:
-        seen[name] += 1
-        labels.append(f"{name}#{seen[name]}" if counts[name] > 1 else name)
+        numbered = (f"{name}#{number}" for number in count(1))
+        taken = {*labels, *names}
+        labels.append(next(label for label in numbered if label not in taken) if counts[name] > 1 else name)
     return labels

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.spaces import ModuleShape, Space
@@ -15,6 +19,8 @@ DEFAULT_SHARE = 4
 """A merge takes at most one part in this many of the machine's memory unless told otherwise."""
 FALLBACK_MEMORY_BYTES = 8 << 30
 """Where the operating system does not tell its memory."""
+
+CONTROL_GROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -44,12 +50,20 @@ def format_bytes(count: float) -> str:
 
 
 def default_memory_bytes() -> int:
-    """A quarter of the machine's memory."""
+    """A quarter of the memory of the machine, or of the container where that has less."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         total = FALLBACK_MEMORY_BYTES
-    return total // DEFAULT_SHARE
+    return int(min(total, *_container_limits())) // DEFAULT_SHARE
+
+
+def _container_limits() -> Iterator[float]:
+    """What control groups (version 2, version 1) allow, where there are any."""
+    yield math.inf
+    for path in CONTROL_GROUP_FILES:
+        with suppress(OSError, ValueError):
+            yield int(path.read_text())  # "max" means no limit
 
 
 def module_peak_bytes(
@@ -65,8 +79,8 @@ def module_peak_bytes(
         rank: of the output, or a bound of it.
         compute_bytes: of one number in the compute type.
     """
-    merging = strategy.working_entries(shape, space)
-    # The result, its thin bases, and those of [result, inputs] for the error.
-    result_rank = max(rank, min(shape.joint_rank, shape.d_out, shape.d_in))
-    finishing = 4 * (shape.joint_rank + result_rank) * (shape.d_out + shape.d_in)
-    return stored_bytes + (shape.factor_entries + max(merging, finishing)) * compute_bytes
+    held = shape.factor_entries + strategy.working_entries(shape, space)
+    # Compression: the result and its thin bases. Diagnostics: [result, inputs], copied by each decomposition.
+    result_rank = max(rank, min(shape.joint_rank, space.merged_rank(shape)))
+    finishing = 3 * (shape.joint_rank + result_rank) * (shape.d_out + shape.d_in)
+    return stored_bytes + (held + finishing) * compute_bytes

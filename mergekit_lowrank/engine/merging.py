@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +13,18 @@ from torch import Tensor
 
 from mergekit_lowrank.engine.devices import move
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
-from mergekit_lowrank.errors import OutputError, StrategyError
+from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, concatenate, distance, norm
 from mergekit_lowrank.policies import Compressed, retention
+from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
 
-__all__ = ["MergedModule", "ModuleRecord", "encode", "merge_module", "read_updates"]
+CANCELLED = 1e-6
+"""A weighted sum whose norm is below this share of Σ |c|·‖ΔW‖ has cancelled to rounding: an error relative to it means
+nothing."""
+
+__all__ = ["MergedModule", "ModuleRecord", "blamed", "encode", "merge_module", "read_updates"]
 
 ENERGY_SHARE = 0.99
 """The share for which the record names the rank that would keep it."""
@@ -85,6 +91,23 @@ class MergedModule:
     record: ModuleRecord
 
 
+@contextmanager
+def blamed(module: ModulePlan) -> Iterator[None]:
+    """Name strategy, plugin and module in whatever a plugin raises; what a built-in raises is a bug and stays one."""
+    group = module.group
+    try:
+        yield
+    except MergeError as error:
+        raise type(error)(f"strategy '{group.method}' on module '{module.name}': {error}") from error
+    except Exception as error:
+        if group.owner == BUILT_IN:
+            raise
+        raise StrategyError(
+            f"strategy '{group.method}' of plugin '{group.owner}' failed on module '{module.name}': "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def read_updates(plan: Plan, module: ModulePlan) -> list[LowRankUpdate]:
     """The participants' updates as stored, on the CPU."""
     return [plan.inputs[t].read(module.name) for t in module.participants]
@@ -121,8 +144,9 @@ def merge_module(
         OutputError: the stored type cannot hold the result.
     """
     start = time.perf_counter()
-    coordinates, context = encode(plan, module, stored, device, survey)
-    merged = module.group.strategy.merge(coordinates, context)
+    with blamed(module):
+        coordinates, context = encode(plan, module, stored, device, survey)
+        merged = module.group.strategy.merge(coordinates, context)
     _check(merged, module)
     updates = coordinates.updates
     scaling = module.scale.scaling(merged, updates, module.weights)
@@ -156,6 +180,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B with all scaling in it and a, on the CPU in the stored type: one rounding each."""
+    if not (_is_finite(update.b) and _is_finite(update.a)):
+        raise StrategyError(f"module '{module.name}': the decomposition of the merged update is not finite")
     b, a = update.b.cpu(), update.a.cpu().to(dtype)
     b = b.to(dtype) if update.scaling == 1 else (b.double() * update.scaling).to(dtype)
     if not (_is_finite(b) and _is_finite(a)):
@@ -177,6 +203,8 @@ def _record(
 ) -> dict[str, Any]:
     aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
     target = norm(concatenate(updates, aims))
+    norms = [norm(u) for u in updates]
+    size = sum(abs(c) * own for c, own in zip(aims, norms, strict=True))
     return {
         "module": module.name,
         "method": module.group.method,
@@ -186,9 +214,9 @@ def _record(
         "energy": compressed.spectrum.energy,
         "kept_energy": compressed.kept_energy,
         "rank_for_99": compressed.spectrum.rank_for(ENERGY_SHARE),
-        "input_norms": tuple(abs(w) * norm(u) for u, w in zip(updates, module.weights, strict=True)),
+        "input_norms": tuple(abs(w) * own for own, w in zip(norms, module.weights, strict=True)),
         "merged_norm": norm(written),
         "scale": scale,
         "retention": retention(written, updates, module.weights),
-        "relative_error": distance(written, updates, aims) / target if target > 0 else None,
+        "relative_error": distance(written, updates, aims) / target if target > CANCELLED * size else None,
     }

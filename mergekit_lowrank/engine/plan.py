@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from mergekit_lowrank.errors import (
 from mergekit_lowrank.formats import Checkpoint, ModuleHeader
 from mergekit_lowrank.policies import EnergyRank, FixedRank, RankPolicy, ScalePolicy
 from mergekit_lowrank.recipe import Depths, Energy, Recipe
-from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.spaces import ModuleShape
 
 __all__ = ["ModulePlan", "Plan", "build_plan"]
@@ -152,14 +151,19 @@ class Plan:
         }
 
 
-def build_plan(recipe: Recipe, inputs: Sequence[Checkpoint], registry: Registry, *, memory_bytes: int) -> Plan:
+def build_plan(recipe: Recipe, inputs: Sequence[Checkpoint], resolver: SettingsResolver, *, memory_bytes: int) -> Plan:
     """The plan of a merge.
 
+    Args:
+        recipe: what to merge.
+        inputs: opened, one for each model of the recipe.
+        resolver: of this recipe, without problems.
+        memory_bytes: what the merge may hold.
+
     Raises:
-        MergeError: every problem of the recipe and the inputs, together.
+        MergeError: every problem of the inputs and the budget, together.
     """
-    resolver = SettingsResolver(recipe, registry)
-    problems = [*resolver.problems, *_incompatibilities(inputs)]
+    problems: list[MergeError] = [*_incompatibilities(inputs)]
     raise_together(problems)
     compute = _compute_dtype(recipe, inputs)
     draft = _Draft(recipe, inputs, resolver, compute)
@@ -176,7 +180,7 @@ def build_plan(recipe: Recipe, inputs: Sequence[Checkpoint], registry: Registry,
         compute_dtype=compute,
         uniform_rank=_uniform_rank(recipe, modules),
         memory_bytes=memory_bytes,
-        warnings=tuple(_warnings(inputs, modules)),
+        warnings=(*_warnings(inputs, modules), *_split_surveys(modules)),
     )
 
 
@@ -221,7 +225,7 @@ class _Draft:
             group.strategy,
             group.space,
             stored_bytes=stored,
-            rank=rank.planned or min(shape.d_out, shape.d_in, shape.joint_rank),
+            rank=rank.planned or group.space.merged_rank(shape),
             compute_bytes=self._compute.itemsize,
         )
         return ModulePlan(name, shape, participants, weights, total, group, settings.scale, rank, peak, stored)
@@ -340,15 +344,30 @@ def _uniform_rank(recipe: Recipe, modules: Sequence[ModulePlan]) -> int | None:
 
 def _warnings(inputs: Sequence[Checkpoint], modules: Sequence[ModulePlan]) -> Iterator[str]:
     yield from _base_warnings(inputs)
-    locations: Mapping[str, int] = Counter(str(c.files) for c in inputs if c.files)
-    for checkpoint in {str(c.files): c for c in inputs if locations[str(c.files)] > 1}.values():
-        times = locations[str(checkpoint.files)]
-        yield f"'{checkpoint.location}' is given {times} times; each counts with its own weight"
+    same: dict[object, list[Checkpoint]] = {}
+    for checkpoint in inputs:
+        same.setdefault(checkpoint.identity, []).append(checkpoint)
+    for first, *others in same.values():
+        if others:
+            labels = ", ".join(f"'{other.label}'" for other in others)
+            times = len(others) + 1
+            yield f"'{first.label}' is given {times} times (also as {labels}); each counts with its own weight"
     for t, checkpoint in enumerate(inputs):
         lacking = [module.name for module in modules if t not in module.participants]
         if lacking:
             named = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")
             yield f"'{checkpoint.label}' lacks {len(lacking)} of {len(modules)} modules ({named})"
+
+
+def _split_surveys(modules: Sequence[ModulePlan]) -> Iterator[str]:
+    groups = {module.group.key: module.group for module in modules}.values()
+    surveyed = Counter(group.method for group in groups if group.strategy.survey() is not None)
+    for method, count in surveyed.items():
+        if count > 1:
+            yield (
+                f"'{method}' looks at all modules of one set of parameters together, and there are {count} sets: "
+                "each has thresholds of its own"
+            )
 
 
 def _base_warnings(inputs: Sequence[Checkpoint]) -> Iterator[str]:

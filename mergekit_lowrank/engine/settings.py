@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mergekit_lowrank.errors import MergeError, RecipeError, nearest_name
+from mergekit_lowrank.errors import MergeError, RecipeError, StrategyError, nearest_name
 from mergekit_lowrank.policies import AutoScale, FixedScale, RetentionScale, ScalePolicy
 from mergekit_lowrank.recipe import Rank, Recipe, Retention, Rule, Scale, leaves, matches, resolve
 from mergekit_lowrank.registry import Registry
@@ -34,6 +34,7 @@ class Group:
     Attributes:
         key: text that two groups share exactly when they are one.
         method: the name in the recipe.
+        owner: the plugin that registered it.
         strategy: the instance that merges them.
         space: the instance that encodes them.
         input_params: parameters of its own, for each input of the recipe.
@@ -41,6 +42,7 @@ class Group:
 
     key: str
     method: str
+    owner: str
     strategy: Strategy
     space: Space
     input_params: tuple[Mapping[str, Any], ...]
@@ -105,7 +107,11 @@ class SettingsResolver:
         sources = [(rule.parameters, (*at, "parameters"))] if rule else []
         if inherited:
             sources.append((recipe.parameters, ("parameters",)))
-        names = frozenset(preset.strategy.Params.model_fields) | frozenset(space_class.Params.model_fields)
+        own, theirs = frozenset(preset.strategy.Params.model_fields), frozenset(space_class.Params.model_fields)
+        if own & theirs:
+            clash = f"'{preset.name}' and space '{space_class.name}' both have a parameter {', '.join(own & theirs)}"
+            self.problems.append(StrategyError(f"{clash}; a recipe could not tell them apart, so one must be renamed"))
+        names = own | theirs
         return _Scope(preset, space_class, tuple(sources), inherited, rule, names)
 
     def _space(self, preset: Preset, asked: str | None) -> type[Space]:
@@ -221,6 +227,7 @@ class SettingsResolver:
             self._groups[key] = Group(
                 key=key,
                 method=scope.preset.name,
+                owner=self._registry.owner("strategies", scope.preset.name),
                 strategy=strategy(self._params(scope, strategy.Params, chosen)),
                 space=scope.space(self._params(scope, scope.space.Params, chosen)),
                 input_params=tuple(own),

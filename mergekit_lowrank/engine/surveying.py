@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mergekit_lowrank.engine.merging import encode, read_updates
+from mergekit_lowrank.engine.merging import blamed, encode, read_updates
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.events import Event, SurveyRound
 from mergekit_lowrank.executors import Executor, Job
@@ -55,7 +55,8 @@ def _in_order(totals: dict[str, Any], surveys: dict[str, Survey]) -> Iterable[st
 
 def _job(plan: Plan, module: ModulePlan, device: torch.device, survey: Survey) -> Job[_Measured]:
     def measure(updates: Any) -> _Measured:
-        coordinates, context = encode(plan, module, updates, device, None)
-        return _Measured(module, survey.measure(coordinates, context))
+        with blamed(module):
+            coordinates, context = encode(plan, module, updates, device, None)
+            return _Measured(module, survey.measure(coordinates, context))
 
     return Job(module.name, module.peak_bytes, lambda: read_updates(plan, module), measure)

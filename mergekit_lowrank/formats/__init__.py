@@ -2,7 +2,7 @@
 
 from mergekit_lowrank.formats.adapter import Adapter
 from mergekit_lowrank.formats.base import Checkpoint, Format, ModuleHeader
-from mergekit_lowrank.formats.directory import new_directory
+from mergekit_lowrank.formats.directory import new_directory, write_text
 from mergekit_lowrank.formats.peft import PeftCheckpoint, PeftFormat
 from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
 from mergekit_lowrank.formats.peft_keys import tensor_names
@@ -27,4 +27,5 @@ __all__ = [
     "open_tensors",
     "output_config",
     "tensor_names",
+    "write_text",
 ]

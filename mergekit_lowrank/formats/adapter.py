@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
-from mergekit_lowrank.formats.directory import new_directory
+from mergekit_lowrank.formats.directory import new_directory, write_text
 from mergekit_lowrank.formats.peft import PeftCheckpoint
 from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
 from mergekit_lowrank.formats.stream import SafetensorsStream
@@ -69,7 +69,7 @@ class Adapter:
             ) as stream:
                 for key, tensor in self.state_dict.items():
                     stream.write(key, tensor)
-            (partial / CONFIG_NAME).write_text(config, encoding="utf-8")
+            write_text(partial / CONFIG_NAME, config)
         return target
 
     def _config_mapping(self, where: str) -> dict[str, object]:

@@ -63,6 +63,11 @@ class Checkpoint(ABC):
     fan_in_fan_out: bool = False
     config: Mapping[str, object]
 
+    @property
+    def identity(self) -> object:
+        """Equal for two checkpoints that are one: the same files, links resolved, or the same tensors in memory."""
+        return tuple(sorted(path.resolve() for path in self.files)) or id(self)
+
     @abstractmethod
     def read(self, module: str) -> LowRankUpdate:
         """The update of one module, on the CPU in its stored type, both factors finite.

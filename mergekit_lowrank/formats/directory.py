@@ -16,7 +16,18 @@ try:
 except ImportError:  # Windows has no flock: two merges into one directory are not noticed there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["new_directory"]
+__all__ = ["new_directory", "write_text"]
+
+ADAPTER_FILES = (
+    CONFIG_NAME,
+    "README.md",
+    "adapter_model.bin",
+    "adapter_model.safetensors",
+    "manifest.json",
+    "recipe.yaml",
+    "report.json",
+)
+"""What a merge or ``save_pretrained`` writes. A directory that holds anything else is never replaced."""
 
 
 @contextmanager
@@ -24,32 +35,52 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A sibling ``.NAME.partial`` to write into, renamed to ``path`` on success and deleted on failure.
 
     What a killed run left behind is dealt with first: its partial directory is deleted, and a replacement that it did
-    not finish is undone.
+    not finish is undone. A symbolic link is followed: what it names is replaced.
 
     Args:
-        path: the directory to make; its parents are made too.
+        path: the directory to make; its parents are made too, and removed again on failure.
         overwrite: whether an adapter that lies there may be replaced. It stays in place until the new one is complete.
 
     Raises:
         OutputError: ``path`` exists and may not be replaced, cannot be written, or is being written by another merge.
     """
-    partial, replaced = (path.with_name(f".{path.name}.{role}") for role in ("partial", "replaced"))
+    target = _named(path)
+    partial, replaced = (target.with_name(f".{target.name}.{role}") for role in ("partial", "replaced"))
     with _disk_errors(path):
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-    _check_target(path, overwrite=overwrite)
-    with _disk_errors(path), _locked(partial):
-        try:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        _check_target(target, path, overwrite=overwrite)
+        made = _make_parents(target)
+    try:
+        with _locked(partial, path):
             yield partial
-            _flush(partial)
-            if path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                path.rename(replaced)
-            partial.rename(path)
-            _flush_directory(path.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+            with _disk_errors(path):
+                _flush(partial)
+                _check_target(target, path, overwrite=overwrite)
+                _swap(partial, target, replaced)
+    except BaseException:
+        for parent in reversed(made):
+            with suppress(OSError):  # it is no longer empty: somebody else uses it
+                parent.rmdir()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file of the output.
+
+    Raises:
+        OutputError: the disk is full or failed.
+    """
+    with _disk_errors(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _named(path: Path) -> Path:
+    """The path with links resolved and a name of its own."""
+    target = path.resolve()
+    if not target.name:
+        raise OutputError(f"{path}: cannot be an output directory. Give the name of a new one.")
+    return target
 
 
 @contextmanager
@@ -60,26 +91,55 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error}.") from error
 
 
-def _check_target(path: Path, *, overwrite: bool) -> None:
-    if not path.exists():
+def _check_target(target: Path, path: Path, *, overwrite: bool) -> None:
+    if not target.exists():
         return
     if not overwrite:
         raise OutputError(f"{path}: exists already. Choose another path, or allow it to be overwritten (--overwrite).")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / CONFIG_NAME).is_file()):
-        raise OutputError(
-            f"{path}: is not an adapter, and is not overwritten. Choose another path, or remove it yourself."
-        )
+    entries = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
+    foreign = next((name for name in entries if name not in ADAPTER_FILES), None)
+    if not target.is_dir() or foreign or (entries and CONFIG_NAME not in entries):
+        what = f"holds '{foreign}', which no merge writes" if foreign else "is not an adapter"
+        raise OutputError(f"{path}: {what}, and is not overwritten. Choose another path, or remove it yourself.")
+
+
+def _make_parents(target: Path) -> list[Path]:
+    """Make the directories above ``target``; those that were missing, outermost first."""
+    missing = [parent for parent in reversed(target.parents) if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _swap(partial: Path, target: Path, replaced: Path) -> None:
+    """Put ``partial`` in the place of ``target``; what lay there comes back if that fails."""
+    if not target.exists():
+        partial.rename(target)
+        _flush_directory(target.parent)
+        return
+    shutil.rmtree(replaced, ignore_errors=True)
+    target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
+    _flush_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def _locked(partial: Path, path: Path) -> Iterator[None]:
     """``partial``, made anew and locked while the context lasts; a killed process lets go of its lock."""
-    if partial.exists():
-        with _lock(partial):
-            shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    with _disk_errors(path):
+        if partial.exists():
+            with _lock(partial):
+                shutil.rmtree(partial)
+        partial.mkdir()
     with _lock(partial):
-        yield
+        try:
+            yield
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class PeftCheckpoint(Checkpoint):
         self._where = f"adapter '{label}'"
         self.modules = _headers(pair_factors(source.specs, where=self._where), config, where=self._where)
 
+    @property
+    def identity(self) -> object:
+        """The files, or in memory the storage of the tensors."""
+        return super().identity if self.files else self._source.identity
+
     def read(self, module: str) -> LowRankUpdate:
         """The update of one module, both factors as stored and finite."""
         a, b = (self._read_finite(key) for key in tensor_names(module))

@@ -77,6 +77,11 @@ class TensorSource(ABC):
     files: tuple[Path, ...]
     specs: Mapping[str, TensorSpec]
 
+    @property
+    def identity(self) -> object:
+        """Equal for two sources that are one."""
+        return self.files
+
     @abstractmethod
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU in its stored type. Not to be written to.
@@ -142,6 +147,11 @@ class TensorMapping(TensorSource):
         self.files = files
         self.specs = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         self._tensors = dict(tensors)
+
+    @property
+    def identity(self) -> object:
+        """Where the tensors lie in memory."""
+        return tuple(sorted((key, tensor.data_ptr()) for key, tensor in self._tensors.items()))
 
     def read(self, key: str) -> Tensor:
         """The tensor itself where it is on the CPU, else a copy."""

@@ -19,8 +19,8 @@ from torch import Tensor
 __all__ = ["RadixSelection", "kth_magnitude", "kth_magnitudes"]
 
 DIGIT_BITS = 16
-IN_MEMORY_ENTRIES = 1 << 24
-"""Up to this many magnitudes are gathered and partitioned at once."""
+IN_MEMORY_ENTRIES = 1 << 20
+"""Up to this many magnitudes, over all inputs, are gathered and partitioned at once: no more than one block holds."""
 SAMPLE_ENTRIES = 1 << 16
 """Entries of the sample that the bracket is taken from, about."""
 SAMPLED_BLOCKS_STEP = 4
@@ -122,7 +122,7 @@ def kth_magnitudes(blocks: Blocks, ks: Sequence[int], entries: int, dtype: torch
     if not any(k > 0 for k in ks):
         return [0.0] * len(ks)
     if entries * len(ks) <= IN_MEMORY_ENTRIES:
-        gathered = [torch.cat([block[i].flatten() for block in blocks(1)]) for i in range(len(ks))]
+        gathered = torch.cat([block.flatten(1) for block in blocks(1)], dim=1)
         return [kth_magnitude(values, k) for values, k in zip(gathered, ks, strict=True)]
     found = _by_bracket(blocks, ks, entries, dtype)
     missed = [t for t, value in enumerate(found) if value is None]

@@ -11,7 +11,8 @@ from mergekit_lowrank.lowrank import LowRankUpdate, Update, inner
 __all__ = ["AutoScale", "FixedScale", "RetentionScale", "ScalePolicy", "Scaling", "retention"]
 
 PLAUSIBLE = (0.1, 10.0)
-"""Factors outside are not trusted: opposed or nearly orthogonal results make retention meaningless."""
+"""Factors outside are not trusted, except that the upper bound is N where that is larger: results that oppose their
+inputs, or are nearly orthogonal to them, make retention meaningless."""
 AUTO_EXPONENT = -0.4
 """``auto`` keeps N^-0.4 of the inputs: within about half a point of the coefficient tuned on validation data on the
 bundled real tasks, for every method tried there (docs/explanation/scale.md)."""
@@ -65,13 +66,15 @@ def _to_retention(target: float, merged: Update, updates: Sequence[LowRankUpdate
     if found is None:
         return Scaling(1.0)
     factor = target / found if found else float("inf")
-    if PLAUSIBLE[0] <= factor <= PLAUSIBLE[1]:
+    # An average of N unrelated inputs has retention 1/N: a factor up to N is no sign of opposition.
+    highest = max(PLAUSIBLE[1], len(updates))
+    if PLAUSIBLE[0] <= factor <= highest:
         return Scaling(factor)
     return Scaling(
         1.0,
         f"retention {found:.3g} would need the factor {factor:.3g} to become {target:.3g}, outside "
-        f"[{PLAUSIBLE[0]:g}, {PLAUSIBLE[1]:g}]; the method's own scale is kept. Inputs that oppose each other do this, "
-        "and so do weights far from 1 or an average of very many inputs",
+        f"[{PLAUSIBLE[0]:g}, {highest:g}]; the method's own scale is kept. "
+        "Inputs that oppose each other do this, and so do weights far from 1",
     )
 
 

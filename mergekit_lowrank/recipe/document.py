@@ -68,7 +68,7 @@ def write_yaml(data: object) -> str:
     """``data`` as YAML, keys in their order, what holds only scalars on one line."""
     yaml = YAML(typ="safe", pure=True)
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel annotates its default, None
-    yaml.width = 120
+    yaml.width = 1 << 20  # lines that are folded inside escaped text do not always read back the same
     # The emitter folds these line breaks into plain ones, unless it escapes all that is not ASCII.
     yaml.allow_unicode = not re.search("[\x85\u2028\u2029]", json.dumps(data, ensure_ascii=False))
     stream = io.StringIO()

@@ -66,7 +66,12 @@ class Report(_Frozen):
 
 
 def build_report(
-    plan: Plan, records: Sequence[ModuleRecord], ranks: Mapping[str, int], *, wall_seconds: float
+    plan: Plan,
+    records: Sequence[ModuleRecord],
+    ranks: Mapping[str, int],
+    *,
+    wall_seconds: float,
+    warnings: Sequence[str] = (),
 ) -> Report:
     """The report of a finished merge.
 
@@ -75,6 +80,7 @@ def build_report(
         records: one for each module.
         ranks: of each module as written.
         wall_seconds: of the whole merge.
+        warnings: beside those of the plan and of modules.
     """
     inputs = tuple(_input_summary(plan, records, t) for t in range(len(plan.inputs)))
     return Report(
@@ -83,7 +89,7 @@ def build_report(
         totals=_totals(plan, records, ranks, inputs, wall_seconds),
         rank=max(ranks.values()),
         dtype=str(plan.out_dtype).removeprefix("torch."),
-        warnings=(*plan.warnings, *_gathered(records)),
+        warnings=(*plan.warnings, *_gathered(records), *warnings),
         modules=tuple({**record.to_dict(), "written_rank": ranks[record.module]} for record in records),
     )
 

@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update
+from mergekit_lowrank.errors import StrategyError
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, kth_magnitudes
 
 __all__ = ["Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"]
 
@@ -120,12 +121,24 @@ class Part:
         """The coordinates in order, each block (n, …); with ``step`` only every so many-th block."""
         return map(self.read, self.slices()[::step])
 
+    def kth_magnitudes(self, ranks: Sequence[int]) -> list[float]:
+        """For each input the magnitude of this rank, counted from the smallest (1-indexed), exactly; 0.0 for rank 0.
+
+        Padding counts among the entries, as zeros.
+        """
+        return kth_magnitudes(self.blocks, ranks, self.entries, self.dtype)
+
     def merged(self, merge: Callable[[Tensor], Tensor]) -> Tensor:
         """(rows, columns): ``merge`` applied to each block, (n, …) → (…), and put together."""
         result = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for where in self.slices():
             target = result[where] if self.axis == 0 else result[:, where]
-            target.copy_(merge(self.read(where)))
+            merged = merge(self.read(where))
+            if merged.shape != target.shape:
+                raise StrategyError(
+                    f"a merged block has the shape {tuple(merged.shape)}; expected {tuple(target.shape)}"
+                )
+            target.copy_(merged)
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,13 +22,18 @@ class DeltaCoordinates(Coordinates):
         first = self.updates[0]
         entries = first.shape[0] * first.shape[1]
         sizes = (entries,) * len(self.updates)
+        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, first.b.dtype, first.b.device, self._rows),)
+
+    @cached_property
+    def _stacks(self) -> tuple[Tensor, Tensor]:
+        """Scaled b (n, d_out, r) and a (n, r, d_in), made when the first block is read: ``linear`` reads none."""
         b, a = padded_stacks(self.updates)
-        b.mul_(torch.tensor([u.scaling for u in updates], dtype=b.dtype, device=b.device).view(-1, 1, 1))
+        scalings = torch.tensor([u.scaling for u in self.updates], dtype=b.dtype, device=b.device)
+        return b.mul_(scalings.view(-1, 1, 1)), a
 
-        def rows(where: slice) -> Tensor:
-            return torch.bmm(b[:, where], a)
-
-        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, b.dtype, b.device, rows),)
+    def _rows(self, rows: slice) -> Tensor:
+        b, a = self._stacks
+        return torch.bmm(b[:, rows], a)
 
     def decode(self, merged: Sequence[Tensor]) -> DenseUpdate:
         """The merged matrix is the update."""

@@ -69,8 +69,10 @@ class Linear(ElementwiseStrategy):
         return True
 
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
-        """The concatenation; in ``factors`` what every element-wise method holds."""
-        return super().working_entries(shape, space) if space.name == "factors" else shape.factor_entries
+        """What the space holds, and the concatenation."""
+        if space.name == "delta":  # its coordinates are never read
+            return 2 * shape.factor_entries
+        return super().working_entries(shape, space) + shape.factor_entries
 
 
 PRESETS = (

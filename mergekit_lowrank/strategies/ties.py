@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import RadixSelection, kth_magnitudes
+from mergekit_lowrank.lowrank import RadixSelection
 from mergekit_lowrank.spaces import Coordinates, Part
 from mergekit_lowrank.strategies.base import (
     ElementwiseStrategy,
@@ -109,8 +109,7 @@ class Ties(ElementwiseStrategy):
         if isinstance(context.survey, TiesSurvey):
             found = context.survey.thresholds[part.name]
             return [found[t] for t in context.participants]
-        ranks = self.ranks_of_threshold(part, context)
-        return kth_magnitudes(part.blocks, ranks, part.entries, part.dtype)
+        return part.kth_magnitudes(self.ranks_of_threshold(part, context))
 
     def elected(self, part: Part, block: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The trimmed entries (n, …) of a block and the elected signs (…), 0 where the votes cancel or are absent."""

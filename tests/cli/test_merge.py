@@ -112,13 +112,13 @@ def test_what_is_not_an_adapter_is_never_overwritten(recipe, tmp_path):
     (tmp_path / "out/thesis.tex").write_text("five years of work")
     result = run("merge", recipe, "out", "--overwrite")
     assert result.exit_code == 2
-    assert "is not an adapter, and is not overwritten" in result.stderr
+    assert "holds 'thesis.tex', which no merge writes, and is not overwritten" in result.stderr
     assert (tmp_path / "out/thesis.tex").read_text() == "five years of work"
 
 
 def test_the_same_adapter_twice_is_allowed_and_reported(math, tmp_path):
     printed = succeeds("merge", "--method", "linear", "math", "math", "-o", "out")
-    assert "math' is given 2 times" in printed
+    assert "'math#1' is given 2 times" in printed
     torch.testing.assert_close(merged_weights(tmp_path / "out"), source(1))
 
 
@@ -126,7 +126,7 @@ def test_strict_makes_a_warning_an_error(math, tmp_path):
     before = tree(tmp_path)
     result = run("merge", "--method", "linear", "math", "math", "-o", "out", "--strict")
     assert result.exit_code == 2
-    assert "math' is given 2 times" in result.stderr
+    assert "'math#1' is given 2 times" in result.stderr
     assert "warnings are errors under --strict" in result.stderr
     assert tree(tmp_path) == before
 

@@ -163,7 +163,7 @@ class TestFailures:
     def test_a_directory_that_is_no_adapter_is_never_replaced(self, tmp_path) -> None:
         (tmp_path / "precious").mkdir()
         (tmp_path / "precious" / "thesis.txt").write_text("years of work")
-        with pytest.raises(OutputError, match="is not an adapter"):
+        with pytest.raises(OutputError, match=r"holds 'thesis\.txt', which no merge writes"):
             merge(recipe_of(adapters(tmp_path)), tmp_path / "precious", overwrite=True)
         assert (tmp_path / "precious" / "thesis.txt").exists()
 
@@ -237,6 +237,51 @@ class TestFailures:
         os.close(handle)
 
 
+class TestOutputPaths:
+    def test_the_working_directory_itself_is_refused(self, tmp_path, monkeypatch) -> None:
+        paths = adapters(tmp_path)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        (tmp_path / "here" / "notes.txt").write_text("mine")
+        with pytest.raises(OutputError, match="which no merge writes"):
+            merge(recipe_of(paths), ".", overwrite=True)
+
+    def test_an_output_that_appears_during_the_merge_is_not_touched(self, tmp_path) -> None:
+        class Intruder(Reporter):
+            name, summary = "intruder", "makes the output meanwhile"
+
+            def handle(self, event):
+                (tmp_path / "out").mkdir(exist_ok=True)
+                (tmp_path / "out" / "theirs").write_text("")
+
+        paths = adapters(tmp_path)
+        with pytest.raises(OutputError, match="exists already"):
+            merge(recipe_of(paths), tmp_path / "out", reporters=[Intruder()])
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+
+    def test_a_directory_with_more_than_an_adapter_is_not_replaced(self, tmp_path) -> None:
+        paths = adapters(tmp_path)
+        merge(recipe_of(paths), tmp_path / "out")
+        (tmp_path / "out" / "checkpoint-10").mkdir()
+        with pytest.raises(OutputError, match="holds 'checkpoint-10', which no merge writes"):
+            merge(recipe_of(paths), tmp_path / "out", overwrite=True)
+
+    def test_a_link_keeps_pointing_at_the_new_adapter(self, tmp_path) -> None:
+        paths = adapters(tmp_path)
+        merge(recipe_of(paths), tmp_path / "real")
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        for method in ("drm", "ties"):
+            merge(recipe_of(paths, method), tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert json.loads((tmp_path / "real" / "report.json").read_text())["method"] == "ties"
+
+    def test_parents_made_for_a_failed_merge_go_again(self, tmp_path) -> None:
+        paths = adapters(tmp_path, 1, lora_alpha=1e7, dtype=torch.float16)
+        with pytest.raises(OutputError, match="exceed the range"):
+            merge(recipe_of(paths), tmp_path / "a" / "b" / "out")
+        assert_nothing_left(tmp_path, *(path.name for path in paths))
+
+
 def misbehaving(result):
     class Misbehaving(ElementwiseStrategy):
         name, summary = "misbehaving", "returns nonsense"
@@ -296,6 +341,36 @@ def test_reporters_follow_a_merge_from_start_to_end(tmp_path) -> None:
     assert kinds.count(ModuleMerged) == len(MODULES)
     assert kinds.count(SurveyRound) == 3 * len(MODULES)  # two digits of the threshold, then the signs
     assert recorder.closed
+
+
+def test_a_reporter_that_fails_is_left_out_and_the_merge_goes_on(tmp_path) -> None:
+    class Broken(Recorder):
+        name = "broken"
+
+        def handle(self, event):
+            raise RuntimeError("no connection")
+
+    healthy = Recorder()
+    report = merge(recipe_of(adapters(tmp_path)), tmp_path / "out", reporters=[Broken(), healthy])
+    assert report.warnings == ("reporter 'broken' failed and was left out: RuntimeError: no connection",)
+    assert isinstance(healthy.events[-1], MergeFinished)
+
+
+def test_a_plugins_exception_names_strategy_plugin_and_module(tmp_path) -> None:
+    modules = {"layers.0.q": (6, 5)}
+    paths = [write_tiny_adapter(tmp_path / str(seed), modules, seed=seed) for seed in (1, 2)]
+    with pytest.raises(
+        StrategyError, match="strategy 'misbehaving' of plugin 'misbehaving' failed on module"
+    ) as caught:
+        merge(recipe_of(paths, "misbehaving"), tmp_path / "out", registry=misbehaving(lambda update: 1 / 0))
+    assert "ZeroDivisionError" in str(caught.value)
+
+
+def test_a_sum_that_cancels_has_no_relative_error(tmp_path) -> None:
+    (path,) = adapters(tmp_path, 1)
+    models = [{"model": str(path), "parameters": {"weight": w}} for w in (1.0, 1.0, -2.0)]
+    report = merge({"merge_method": "task_arithmetic", "models": models}, tmp_path / "out")
+    assert {module["relative_error"] for module in report.modules} == {None}
 
 
 def test_reporters_are_closed_when_a_merge_fails(tmp_path) -> None:

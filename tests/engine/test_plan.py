@@ -232,6 +232,29 @@ class TestRanks:
         assert (made.uniform_rank, made.bytes_written) == (None, None)
 
 
+def test_a_typo_is_told_before_anything_is_downloaded(tmp_path, monkeypatch) -> None:
+    def download(*_, **__):
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(RecipeError) as caught:
+        plan(recipe_of(["some-org/math", str(tmp_path / "nowhere")], "tise"))
+    assert "did you mean 'ties'" in str(caught.value)
+    assert "nowhere" in str(caught.value)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_gradient_over_a_model_wide_threshold_is_a_warning(tmp_path) -> None:
+    made = plan(recipe_of(adapters(tmp_path), "knots", parameters={"density": [0.1, 0.5]}))
+    assert "'knots' looks at all modules of one set of parameters together, and there are 3 sets" in made.warnings[0]
+
+
+def test_a_file_of_an_adapter_is_answered_with_its_directory(tmp_path) -> None:
+    (path,) = adapters(tmp_path, 1)
+    with pytest.raises(MergeError, match=r"is a file of a checkpoint; give its directory, '.*adapter1'"):
+        plan(recipe_of([f"{path}/adapter_model.safetensors"]))
+
+
 class TestTypes:
     def test_the_stored_type_is_the_promotion_of_the_inputs(self, tmp_path) -> None:
         half = str(write_tiny_adapter(tmp_path / "half", MODULES, dtype=torch.float16))
@@ -255,7 +278,9 @@ class TestWarnings:
     def test_the_same_adapter_twice_is_reported(self, tmp_path) -> None:
         (path,) = adapters(tmp_path, 1)
         made = plan(recipe_of([path, path]))
-        assert "is given 2 times" in made.warnings[0]
+        assert made.warnings == (
+            "'adapter1#1' is given 2 times (also as 'adapter1#2'); each counts with its own weight",
+        )
         assert [c.label for c in made.inputs] == ["adapter1#1", "adapter1#2"]
 
 

@@ -63,7 +63,7 @@ def test_an_existing_directory_is_not_overwritten_unless_asked(tmp_path):
 def test_what_is_not_an_adapter_is_never_overwritten(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
-    with pytest.raises(OutputError, match="is not an adapter, and is not overwritten"):
+    with pytest.raises(OutputError, match=r"holds 'thesis\.tex', which no merge writes, and is not overwritten"):
         Adapter(state_dict(), config()).save(tmp_path / "home", overwrite=True)
     with pytest.raises(OutputError, match="is not an adapter, and is not overwritten"):
         Adapter(state_dict(), config()).save(tmp_path / "home" / "thesis.tex", overwrite=True)
