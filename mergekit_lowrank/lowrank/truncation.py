@@ -94,8 +94,8 @@ def _factorise_dense(delta: Tensor) -> Truncation:
 def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncation:
     """Leading directions from a block Krylov space, grown until the captured energy settles.
 
-    Block k is the image of block k − 1 under ΔW·ΔWᵀ, orthogonal to all before it. A flat spectrum needs far fewer blocks
-    than subspace iteration, which keeps the last one only.
+    Block k is the image of block k − 1 under ΔW·ΔWᵀ, orthogonal to all before it. A flat spectrum needs far fewer
+    blocks than subspace iteration, which keeps the last one only.
 
     Source: Musco & Musco 2015 (arXiv:1504.05477), algorithm 2.
     """

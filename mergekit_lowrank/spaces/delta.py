@@ -14,6 +14,25 @@ from mergekit_lowrank.spaces.base import BLOCK_ENTRIES, Coordinates, ModuleShape
 __all__ = ["DeltaCoordinates", "DeltaSpace"]
 
 
+class _Rows:
+    """Makes blocks of rows. It holds the updates, not the coordinates: a cycle would keep them until a collection."""
+
+    def __init__(self, updates: Sequence[LowRankUpdate]) -> None:
+        self._updates = updates
+
+    @cached_property
+    def _stacks(self) -> tuple[Tensor, Tensor]:
+        """Scaled b (n, d_out, r) and a (n, r, d_in), made when the first block is read: ``linear`` reads none."""
+        b, a = padded_stacks(self._updates)
+        scalings = torch.tensor([u.scaling for u in self._updates], dtype=b.dtype, device=b.device)
+        return b.mul_(scalings.view(-1, 1, 1)), a
+
+    def __call__(self, rows: slice) -> Tensor:
+        """The (n, rows, d_in) block."""
+        b, a = self._stacks
+        return torch.bmm(b[:, rows], a)
+
+
 class DeltaCoordinates(Coordinates):
     """Rows of s_t · b_t · a_t; nothing of size n × d_out × d_in is ever held."""
 
@@ -22,18 +41,8 @@ class DeltaCoordinates(Coordinates):
         first = self.updates[0]
         entries = first.shape[0] * first.shape[1]
         sizes = (entries,) * len(self.updates)
-        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, first.b.dtype, first.b.device, self._rows),)
-
-    @cached_property
-    def _stacks(self) -> tuple[Tensor, Tensor]:
-        """Scaled b (n, d_out, r) and a (n, r, d_in), made when the first block is read: ``linear`` reads none."""
-        b, a = padded_stacks(self.updates)
-        scalings = torch.tensor([u.scaling for u in self.updates], dtype=b.dtype, device=b.device)
-        return b.mul_(scalings.view(-1, 1, 1)), a
-
-    def _rows(self, rows: slice) -> Tensor:
-        b, a = self._stacks
-        return torch.bmm(b[:, rows], a)
+        rows = _Rows(self.updates)
+        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, first.b.dtype, first.b.device, rows),)
 
     def decode(self, merged: Sequence[Tensor]) -> DenseUpdate:
         """The merged matrix is the update."""
