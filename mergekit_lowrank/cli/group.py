@@ -33,7 +33,7 @@ class Verbosity:
     """How much is said beside what was asked for.
 
     Attributes:
-        quiet: no progress and no closing lines.
+        quiet: no progress and no closing lines; warnings stay.
         debug: tracebacks with errors.
     """
 
@@ -44,7 +44,11 @@ class Verbosity:
 def verbosity_options(command: Decorated) -> Decorated:
     """``--quiet`` and ``--debug``, kept in the context's ``Verbosity``."""
     quiet = click.option(
-        "--quiet", is_flag=True, expose_value=False, callback=_remember, help="No progress and no closing lines."
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember,
+        help="No progress and no closing lines; warnings stay.",
     )
     debug = click.option(
         "--debug",

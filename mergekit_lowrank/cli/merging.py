@@ -27,7 +27,7 @@ def run_merge(
     strict: bool,
     quiet: bool,
 ) -> None:
-    """Merge, and print what was merged, what was kept and how to load it."""
+    """Merge, and print what was merged, what was kept and how to load it; of a quiet merge the warnings only."""
     report = merge(
         request.load(),
         output,
@@ -39,5 +39,8 @@ def run_merge(
         strict=strict,
         reporters=[] if quiet else [ProgressBar()],
     )
-    if not quiet:
+    if quiet:
+        for warning in report.warnings:
+            click.echo(f"warning: {warning}", err=True)
+    else:
         click.echo("\n".join(closing_lines(report, str(output))))

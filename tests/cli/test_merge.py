@@ -44,6 +44,12 @@ def test_quiet_merge_prints_nothing(recipe, tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
+def test_a_quiet_merge_still_warns(math):
+    result = run("merge", "--method", "linear", "math", "math", "-o", "out", "--quiet")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith("warning: 'math#1' is given 2 times")
+
+
 def test_quiet_and_debug_may_stand_before_the_command(recipe):
     assert succeeds("--quiet", "--debug", "merge", recipe, "out") == ""
 
