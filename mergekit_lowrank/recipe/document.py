@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.representer import SafeRepresenter
 
 from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.recipe.origin import Loc, Place, shown
@@ -27,6 +28,9 @@ MAX_DEPTH = 32
 
 Locate: TypeAlias = Callable[[int, int], str]
 """Says where a line and a column (both from 0) are, for errors."""
+
+PLAIN_TEXT = re.compile(r"[\w./~][\w./~ @+-]*", re.ASCII)
+"""Text that may stand without quotes, unless it would read as a number, true, false or null."""
 
 _CORE = "tag:yaml.org,2002:"
 
@@ -64,9 +68,23 @@ def read_yaml(text: str, *, locate: Locate) -> Document:
     return Document(reading.placed(root, (), key=root), reading.places)
 
 
+class _CarefulRepresenter(SafeRepresenter):
+    """Quotes all text but plain words: the emitter leaves some text bare that its own parser reads otherwise."""
+
+
+def _represent_text(representer: _CarefulRepresenter, text: str) -> ScalarNode:
+    style = None if PLAIN_TEXT.fullmatch(text) else '"'
+    node: ScalarNode = representer.represent_scalar(f"{_CORE}str", text, style=style)
+    return node
+
+
+_CarefulRepresenter.add_representer(str, _represent_text)
+
+
 def write_yaml(data: object) -> str:
     """``data`` as YAML, keys in their order, what holds only scalars on one line."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _CarefulRepresenter
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel annotates its default, None
     yaml.width = 1 << 20  # lines that are folded inside escaped text do not always read back the same
     # The emitter folds these line breaks into plain ones, unless it escapes all that is not ASCII.
