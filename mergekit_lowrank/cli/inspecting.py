@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ class _Measured:
 
     @property
     def kind(self) -> tuple[str, int, int]:
-        """What rows are made of: the last part of the name, and the shape."""
-        return self.header.name.rpartition(".")[2], self.header.d_out, self.header.d_in
+        """What rows are made of: the name behind the last number (the layer), and the shape."""
+        return re.split(r"\.\d+\.", self.header.name)[-1], self.header.d_out, self.header.d_in
 
 
 def run_inspect(reference: str, *, as_json: bool) -> None:
