@@ -181,7 +181,7 @@ def test_a_model_may_be_an_in_memory_adapter() -> None:
     adapter = Adapter({}, {})
     recipe = parse_recipe(minimal(models=[{"model": adapter}]))
     assert recipe.models[0].model is adapter
-    assert "model: <in-memory adapter>" in recipe.to_yaml()
+    assert 'model: "<in-memory adapter>"' in recipe.to_yaml()
 
 
 def test_overrides_leave_in_memory_adapters_as_they_are() -> None:
