@@ -21,14 +21,14 @@ HEAVY = {"torch", "transformers", "huggingface_hub", "tqdm"}
 COMMANDS = ("completion", "init", "inspect", "merge", "plan", "plugins", "schema", "strategies")
 
 SLOW = """
-import time
+import os, time
 from mergekit_lowrank.engine import pipeline
 from mergekit_lowrank.cli import main
 
 merge = pipeline.merge_module
 
 def slow(*arguments, **keywords):
-    print("merging", flush=True)
+    os.write(1, b"merging\\n")  # in one piece, whatever other threads write
     time.sleep(0.3)
     return merge(*arguments, **keywords)
 
