@@ -111,8 +111,23 @@ class SettingsResolver:
         if own & theirs:
             clash = f"'{preset.name}' and space '{space_class.name}' both have a parameter {', '.join(own & theirs)}"
             self.problems.append(StrategyError(f"{clash}; a recipe could not tell them apart, so one must be renamed"))
+        self.problems += self._wrong_input_count(preset, at)
         names = own | theirs
         return _Scope(preset, space_class, tuple(sources), inherited, rule, names)
+
+    def _wrong_input_count(self, preset: Preset, at: Loc) -> Iterator[MergeError]:
+        lowest, highest = preset.strategy.min_inputs, preset.strategy.max_inputs
+        count = len(self._recipe.models)
+        if count < lowest or (highest is not None and count > highest):
+            takes = (
+                f"exactly {lowest}"
+                if lowest == highest
+                else f"at least {lowest}"
+                if count < lowest
+                else f"at most {highest}"
+            )
+            message = f"'{preset.name}' merges {takes} models, and the recipe gives {count}"
+            yield self._recipe.problem((*at, "merge_method"), message)
 
     def _space(self, preset: Preset, asked: str | None) -> type[Space]:
         allowed = self._registry.spaces_of(preset)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -120,6 +120,9 @@ class Strategy(ABC):
         space_defaults: parameters of a space whose defaults this method changes.
         is_random: whether it draws random numbers (from ``context.generator`` only).
         is_order_free: whether permuted inputs give the same result, to rounding.
+        min_inputs: how many models a recipe must at least give.
+        max_inputs: how many at most; None for any number.
+        default_rank: ``output.rank`` where the recipe gives none: ``max`` or ``sum``.
     """
 
     name: ClassVar[str]
@@ -130,6 +133,9 @@ class Strategy(ABC):
     space_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     is_random: ClassVar[bool] = False
     is_order_free: ClassVar[bool] = True
+    min_inputs: ClassVar[int] = 1
+    max_inputs: ClassVar[int | None] = None
+    default_rank: ClassVar[Literal["max", "sum"]] = "max"
 
     def __init__(self, params: BaseParams) -> None:
         self.params = params
@@ -222,6 +228,7 @@ class Preset:
         paper: where it comes from, or empty.
         space: its space; None for the strategy's default.
         parameters: what it fixes; a recipe may still set the others.
+        rank: ``output.rank`` where the recipe gives none; None for the strategy's.
     """
 
     name: str
@@ -230,6 +237,12 @@ class Preset:
     paper: str = ""
     space: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    rank: Literal["max", "sum"] | None = None
+
+    @property
+    def default_rank(self) -> Literal["max", "sum"]:
+        """``output.rank`` where the recipe gives none."""
+        return self.rank or self.strategy.default_rank
 
     def __post_init__(self) -> None:
         if self.space is not None and not self.strategy.supports(self.space):
