@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,12 +91,16 @@ class Golden:
         return f"{kind}.{self.variant['id']}.{output}" in self.tensors
 
 
-def golden(*patterns: str) -> Iterator[Golden]:
+def golden(*patterns: str, where: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[Golden]:
+    """The variants of the cases that match, those whose parameters ``where`` accepts."""
+    found = []
     for pattern in patterns:
         paths = sorted(DATA.glob(f"{pattern}.json"))
         assert paths, f"no golden case matches {pattern}"
-        for path in paths:
-            yield from (Golden(path.stem, variant) for variant in header_of(path.stem)["variants"])
+        variants = [Golden(path.stem, variant) for path in paths for variant in header_of(path.stem)["variants"]]
+        found += [variant for variant in variants if where(variant.parameters)]
+    assert found, f"no variant of {patterns} has such parameters"
+    return found
 
 
 def by_module(variants: Sequence[Golden]) -> pytest.MarkDecorator:

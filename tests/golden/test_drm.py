@@ -8,7 +8,7 @@ from mergekit_lowrank.strategies import Drm
 from mergekit_lowrank.testing import merge_updates
 from tests.golden.cases import Golden, by_module, deviation, golden, header_of
 
-VARIANTS = list(golden("drm_lora_*", "drm_zero_task_T3"))
+VARIANTS = golden("drm_lora_*", "drm_zero_task_T3")
 
 
 def merged(reference: Golden, module: str, dtype: torch.dtype) -> LowRankUpdate:

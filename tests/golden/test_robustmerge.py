@@ -9,7 +9,7 @@ from mergekit_lowrank.strategies import RobustMerge
 from mergekit_lowrank.testing import merge_updates
 from tests.golden.cases import Golden, by_module, deviation, golden
 
-VARIANTS = list(golden("robustmerge_*"))
+VARIANTS = golden("robustmerge_*")
 
 
 def strategy(reference: Golden) -> RobustMerge:
