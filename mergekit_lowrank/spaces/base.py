@@ -149,7 +149,7 @@ class Coordinates(ABC):
         updates: as they were given; shared, not copied.
         weights: the recipe's coefficients of the inputs.
         parts: what element-wise strategies merge, one after the other.
-        is_linear: whether Σ w_t · (coordinates of ΔW_t) are the coordinates of Σ w_t ΔW_t.
+        is_linear: whether Σ w_t · (coordinates of ΔW_t) decode to Σ w_t ΔW_t.
     """
 
     updates: tuple[LowRankUpdate, ...]

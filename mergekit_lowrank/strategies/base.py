@@ -83,9 +83,9 @@ class MergeContext:
         own = self.input_params or ({},) * len(self.participants)
         return tuple(values.get(name, shared) for values in own)
 
-    def generator(self, position: int) -> torch.Generator:
-        """Random numbers for the participant at ``position``, keyed by (seed, module, input)."""
-        return keyed_generator(self.seed, self.module, self.participants[position])
+    def generator(self, position: int, *purpose: object) -> torch.Generator:
+        """Random numbers for the participant at ``position``, keyed by (seed, module, input, purpose)."""
+        return keyed_generator(self.seed, self.module, self.participants[position], *purpose)
 
 
 class Survey(ABC):
@@ -185,7 +185,7 @@ class ElementwiseStrategy(Strategy):
     threshold, say).
     """
 
-    spaces = ("delta", "joint", "core", "factors")
+    spaces = ("delta", "joint", "core", "tucker", "factors")
 
     @classmethod
     def supports(cls, space: str) -> bool:  # noqa: ARG003 - whatever it is

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.errors import StrategyError
 from mergekit_lowrank.lowrank import Update, concatenate
 from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
-from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params, Preset
+from mergekit_lowrank.strategies.base import MergeContext, Preset
+from mergekit_lowrank.strategies.sums import SumParams, WeightedSum
 
 __all__ = ["PRESETS", "Linear"]
 
-NEGLIGIBLE_TOTAL = 1e-8
-"""|Σ w| below this cannot normalise an average (mergekit uses the same bound and then silently divides by 1)."""
 
-
-class LinearParams(Params):
+class LinearParams(SumParams):
     """Parameters of ``linear``."""
 
     normalize: bool = Field(
@@ -26,7 +21,7 @@ class LinearParams(Params):
     )
 
 
-class Linear(ElementwiseStrategy):
+class Linear(WeightedSum):
     """Σ_t w_t ΔW_t, divided by Σ w where normalised.
 
     Exact in every linear space: the factors are concatenated, [w_t s_t B_t] · [A_t], and no matrix is multiplied out.
@@ -43,26 +38,11 @@ class Linear(ElementwiseStrategy):
         """The concatenation in linear spaces; in ``factors`` the product of the summed factors, over Σ w."""
         if coordinates.is_linear:
             return concatenate(coordinates.updates, self.target_weights(context.weights, context.total_weight))
-        product = super().merge(coordinates, context)
-        return product.scaled(1 / context.total_weight) if self.params.normalize else product
+        return super().merge(coordinates, context)
 
     def merge_block(self, block: Tensor, weights: Tensor, context: MergeContext) -> Tensor:
         """Σ_t w_t x_t."""
         return (block * weights).sum(dim=0)
-
-    def target_weights(self, weights: Sequence[float], total_weight: float) -> tuple[float, ...]:
-        """w_t, over Σ w where normalised."""
-        if not self.params.normalize:
-            return tuple(weights)
-        return tuple(w / total_weight for w in weights)
-
-    def check_weights(self, weights: Sequence[float], total_weight: float) -> None:
-        """Refuse to normalise by a sum of weights that is zero."""
-        if self.params.normalize and abs(total_weight) < NEGLIGIBLE_TOTAL:
-            raise StrategyError(
-                f"the weights {list(weights)} sum to {total_weight:g}, which cannot normalise an average; "
-                "set parameters.normalize: false for the plain sum Σ w·ΔW (task arithmetic)"
-            )
 
     def returns_single_input(self) -> bool:
         """Always."""
@@ -82,5 +62,13 @@ PRESETS = (
         "the plain sum Σ w·ΔW, exact: linear without normalisation (peft's `cat` and `svd`)",
         "Editing models with task arithmetic (arXiv:2212.04089)",
         parameters={"normalize": False},
+    ),
+    Preset(
+        "cat",
+        Linear,
+        "the plain sum Σ w·ΔW with nothing cut: all factors side by side, at rank Σ r (peft's `cat`)",
+        "PEFT `add_weighted_adapter`, combination type `cat`",
+        parameters={"normalize": False},
+        rank="sum",
     ),
 )

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-__all__ = ["disjoint_max", "disjoint_mean", "elect_sign", "has_cancelled_votes", "keep_agreeing", "trim_by_magnitude"]
+__all__ = [
+    "disjoint_max",
+    "disjoint_mean",
+    "drop_and_rescale",
+    "elect_sign",
+    "has_cancelled_votes",
+    "keep_agreeing",
+    "magnitude_ranks",
+    "trim_by_magnitude",
+    "trim_outliers",
+]
 
 
 def trim_by_magnitude(values: Tensor, thresholds: Sequence[float]) -> Tensor:
@@ -29,6 +39,48 @@ def _below(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of this type below the threshold."""
     number = torch.tensor(threshold, dtype=dtype)
     return float(torch.nextafter(number, torch.tensor(-torch.inf, dtype=dtype)))
+
+
+def trim_outliers(values: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The entries with |x| ≤ threshold, the others zero. Every entry that equals the threshold stays.
+
+    Args:
+        values: (n, …).
+        thresholds: one for each input; 0 keeps all.
+    """
+    highest = torch.tensor([t or torch.inf for t in thresholds], dtype=values.dtype, device=values.device)
+    return values * (values.abs() <= highest.view(-1, *[1] * (values.ndim - 1)))
+
+
+def magnitude_ranks(values: Tensor, dim: int) -> Tensor:
+    """Where each entry stands among the magnitudes along ``dim``: 0 the smallest, 1 the largest, in equal steps.
+
+    Zeros are not ranked and give 0; a single entry gives ½; of entries that tie the first ranks lowest.
+    """
+    magnitudes = values.abs()
+    order = magnitudes.argsort(dim=dim, stable=True)
+    shape = [1] * values.ndim
+    shape[dim] = values.shape[dim]
+    steps = torch.arange(values.shape[dim], dtype=values.dtype, device=values.device).view(shape).expand_as(values)
+    ranks = torch.empty_like(values).scatter_(dim, order, steps)
+    zeros = (magnitudes == 0).sum(dim=dim, keepdim=True)
+    last = values.shape[dim] - zeros - 1
+    return torch.where(last > 0, (ranks - zeros).clamp_(min=0) / last.clamp(min=1), 0.5)
+
+
+def drop_and_rescale(values: Tensor, probabilities: Tensor, uniform: Tensor, *, rescale: bool = True) -> Tensor:
+    """The entries whose random number lies below their probability of being kept, over that probability.
+
+    Args:
+        values: (n, …).
+        probabilities: of the same shape, or one that expands to it; 0 drops, 1 keeps.
+        uniform: random numbers in [0, 1), of the shape of ``values``.
+        rescale: whether to divide by the probability, so that the expectation of an entry stays what it was.
+
+    Source: DARE (Yu et al. 2023, arXiv:2311.03099), section 3.2.
+    """
+    kept = values * (uniform < probabilities)
+    return kept.div_(torch.where(probabilities > 0, probabilities, 1)) if rescale else kept
 
 
 def elect_sign(values: Tensor, method: Literal["total", "frequency"] = "total") -> Tensor:

@@ -234,7 +234,7 @@ def test_padding_of_unequal_ranks_does_not_count_as_entries() -> None:
 def test_the_threshold_is_always_an_entry_and_keeps_the_stated_number(
     size: int, density: float, inclusive: bool
 ) -> None:
-    rank = ties(density=density, inclusive=inclusive).rank_of_threshold(size, density)
+    (rank,) = ties(density=density, inclusive=inclusive).sparsify.ranks(size, density)
     assert 1 <= rank <= size
     assert size - rank + 1 == max(1, int(size * density) + inclusive)
 
