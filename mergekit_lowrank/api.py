@@ -6,14 +6,17 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, overload
+from typing import Any, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from typing_extensions import Unpack
 
 from mergekit_lowrank.engine import (
+    ARTEFACT_FILE,
     MemorySink,
     Plan,
     SettingsResolver,
@@ -38,6 +41,7 @@ __all__ = ["MergedAdapter", "RecipeLike", "merge", "plan"]
 RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
 
 TENSOR_FILE = "adapter_model.safetensors"
+AnySink = TypeVar("AnySink", bound=Sink)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +50,17 @@ class MergedAdapter(Adapter):
 
     Attributes:
         report: what the merge did.
+        artefacts: what the method returned beside the merged update, by ``<module>.<name>``; most return nothing.
     """
 
     report: Report
+    artefacts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def fill(self, directory: Path) -> None:
+        """The files of the adapter, and ``artefacts.safetensors`` where there are any."""
+        super().fill(directory)
+        if self.artefacts:
+            save_file({name: tensor.contiguous() for name, tensor in self.artefacts.items()}, directory / ARTEFACT_FILE)
 
 
 def plan(
@@ -159,10 +171,9 @@ class _Run:
 
     def into_memory(self) -> MergedAdapter:
         with closing(self._followers):
-            sink = MemorySink(self._plan)
-            report = self._run(sink)
+            sink, report = self._run(MemorySink)
             self._followers.tell(MergeFinished(None, self._seconds()))
-        return MergedAdapter(sink.state_dict, self._config(sink), report)
+        return MergedAdapter(sink.state_dict, self._config(sink), report, sink.artefacts)
 
     def into_directory(self, output: Path, *, overwrite: bool, hash_sources: bool) -> Report:
         sources = [path for checkpoint in self._plan.inputs for path in checkpoint.files]
@@ -177,8 +188,7 @@ class _Run:
 
     def _fill(self, partial: Path, output: Path, digests: Callable[[], Digests]) -> Report:
         """Everything the output holds, written into ``partial``."""
-        sink = file_sink(partial / TENSOR_FILE, self._plan)
-        report = self._run(sink)
+        sink, report = self._run(lambda plan: file_sink(partial / TENSOR_FILE, plan))
         method = self._registry.method(self._plan.recipe.merge_method)
         texts = {
             CONFIG_NAME: config_text(self._config(sink)),
@@ -188,22 +198,21 @@ class _Run:
         }
         for name, text in texts.items():
             write_text(partial / name, text)
-        outputs = {name: partial / name for name in (TENSOR_FILE, *texts)}
+        outputs = {name: partial / name for name in (TENSOR_FILE, ARTEFACT_FILE, *texts) if (partial / name).exists()}
         manifest = build_manifest(self._plan, digests(), outputs)
         write_text(partial / "manifest.json", manifest)
         return report
 
-    def _run(self, sink: Sink) -> Report:
+    def _run(self, open_sink: Callable[[Plan], AnySink]) -> tuple[AnySink, Report]:
         tell = self._followers.tell
-        with sink:
-            tell(MergeStarted(len(self._plan.modules), self._plan.bytes_read))
-            records = run_plan(self._plan, sink, executor=self._executor, device=self._device, tell=tell)
+        tell(MergeStarted(len(self._plan.modules), self._plan.bytes_read))
+        records, sink = run_plan(self._plan, open_sink, executor=self._executor, device=self._device, tell=tell)
         report = build_report(
             self._plan, records, sink.ranks, wall_seconds=self._seconds(), warnings=self._followers.warnings
         )
         if self._strict:
             _refuse_warnings(report.warnings)
-        return report
+        return sink, report
 
     def _config(self, sink: Sink) -> dict[str, object]:
         inputs = self._plan.inputs

@@ -15,6 +15,7 @@ from mergekit_lowrank.engine import Plan
 from mergekit_lowrank.formats import Checkpoint
 from mergekit_lowrank.recipe import Recipe, parse_recipe, write_yaml
 from mergekit_lowrank.registry import Registry
+from mergekit_lowrank.strategies import Preset
 
 __all__ = ["run_init"]
 
@@ -66,23 +67,24 @@ def _lines(settings: Mapping[str, object], made: Plan, registry: Registry) -> It
         if parameter.get("space", space) == space:
             yield from _comment(parameter["description"], indent="  ")
             yield from (f"#  {line}" for line in _yaml({parameter["name"]: parameter["default"]}))
-    for key, value in _defaults(made, space).items():
+    for key, value in _defaults(made, preset, space).items():
         yield ""
         example = " For example:" if key == "rules" else ""
         yield from _comment(f"{Recipe.model_fields[key].description}{example}")
         yield from (f"#{line}" for line in _yaml({key: value}))
 
 
-def _defaults(made: Plan, space: str) -> dict[str, object]:
+def _defaults(made: Plan, preset: Preset, space: str) -> dict[str, object]:
     """What each key comes to when it is left out; for ``rules``, an example."""
     kind = made.modules[0].name.rpartition(".")[2]
+    defaults = made.recipe.model_dump(mode="json")
     found = {
         "space": space,
+        "output": {**defaults["output"], "rank": preset.default_rank},
         "out_dtype": type_name(made.out_dtype),
         "rules": [{"match": kind, "scale": 1.0}],
         "base_model": made.base_model or "org/name",
     }
-    defaults = made.recipe.model_dump(mode="json")
     return {key: found.get(key, defaults[key]) for key in Recipe.model_fields if key not in WRITTEN_OUT}
 
 

@@ -9,7 +9,7 @@ import click
 from mergekit_lowrank.api import merge
 from mergekit_lowrank.cli.progress import ProgressBar
 from mergekit_lowrank.cli.request import Request
-from mergekit_lowrank.engine import parse_bytes
+from mergekit_lowrank.recipe import parse_bytes
 from mergekit_lowrank.report import closing_lines
 
 __all__ = ["run_merge"]

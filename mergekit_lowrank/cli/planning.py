@@ -12,7 +12,8 @@ from mergekit_lowrank.api import plan
 from mergekit_lowrank.cli.headers import type_name
 from mergekit_lowrank.cli.request import Request
 from mergekit_lowrank.cli.tables import aligned, fields, spans
-from mergekit_lowrank.engine import ModulePlan, Plan, format_bytes, parse_bytes
+from mergekit_lowrank.engine import ModulePlan, Plan, format_bytes
+from mergekit_lowrank.recipe import parse_bytes
 
 __all__ = ["run_plan"]
 
@@ -56,7 +57,7 @@ def _row(made: Plan, modules: Sequence[ModulePlan]) -> tuple[str, ...]:
         _ranks(first.shape.ranks),
         first.group.method,
         first.group.space.name,
-        "by energy" if first.rank.planned is None else str(first.rank.planned),
+        f"by {first.rank.name}" if first.rank.planned is None else str(first.rank.planned),
         format_bytes(first.peak_bytes),
     )
 
@@ -102,6 +103,11 @@ def _totals(made: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _written(made: Plan) -> str:
+    if made.budget_bytes is not None:
+        return f"at most {format_bytes(made.budget_bytes)} of tensors, spread over the modules; each is merged twice"
+    accepted = ", ".join(map(str, made.accepted_ranks))
+    snapped = f"; each is raised to the next of {accepted}" if accepted else ""
+    if made.bytes_written is None:
+        return f"known once the ranks are{snapped}"
     padded = "" if made.uniform_rank is None else f", every module padded to rank {made.uniform_rank}"
-    written = made.bytes_written
-    return "known once the ranks are" if written is None else f"{format_bytes(written)} of tensors{padded}"
+    return f"{format_bytes(made.bytes_written)} of tensors{padded}"

@@ -1,8 +1,9 @@
 """Planning a merge from headers, and running it in bounded memory."""
 
+from mergekit_lowrank.engine.artefacts import ARTEFACT_FILE
 from mergekit_lowrank.engine.devices import select_device
 from mergekit_lowrank.engine.inputs import open_checkpoint, open_inputs
-from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes, parse_bytes
+from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes
 from mergekit_lowrank.engine.merging import ModuleRecord
 from mergekit_lowrank.engine.pipeline import run_plan
 from mergekit_lowrank.engine.plan import ModulePlan, Plan, build_plan
@@ -10,6 +11,7 @@ from mergekit_lowrank.engine.settings import SettingsResolver
 from mergekit_lowrank.engine.sinks import MemorySink, Sink, file_sink
 
 __all__ = [
+    "ARTEFACT_FILE",
     "MemorySink",
     "ModulePlan",
     "ModuleRecord",
@@ -22,7 +24,6 @@ __all__ = [
     "format_bytes",
     "open_checkpoint",
     "open_inputs",
-    "parse_bytes",
     "run_plan",
     "select_device",
 ]

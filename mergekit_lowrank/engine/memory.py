@@ -1,43 +1,27 @@
-"""Bytes: what the machine has, what a module's merge needs, and how sizes are written."""
+"""Bytes: what the machine has, what a module's merge needs, and how sizes are shown."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.spaces import ModuleShape, Space
 from mergekit_lowrank.strategies import Strategy
 
-__all__ = ["default_memory_bytes", "format_bytes", "module_peak_bytes", "parse_bytes"]
+__all__ = ["default_memory_bytes", "format_bytes", "module_peak_bytes"]
 
 DEFAULT_SHARE = 4
 """A merge takes at most one part in this many of the machine's memory unless told otherwise."""
 FALLBACK_MEMORY_BYTES = 8 << 30
 """Where the operating system does not tell its memory."""
 
+CANONICAL_COPIES = 4
+"""Factors of one update that its canonical form holds at once: bases, singular vectors (twice, for signs), result."""
+
 CONTROL_GROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
-
-
-def parse_bytes(text: str) -> int:
-    """``512MiB``, ``2GB`` or ``1073741824`` as a number of bytes.
-
-    Raises:
-        RecipeError: it is none of these, or zero.
-    """
-    match = _SIZE.fullmatch(text)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise RecipeError(f"'{text}' is not an amount of memory; expected a number with a unit, such as 512MiB or 2GB")
-    return int(float(match[1]) * unit)
 
 
 def format_bytes(count: float) -> str:
@@ -67,7 +51,15 @@ def _container_limits() -> Iterator[float]:
 
 
 def module_peak_bytes(
-    shape: ModuleShape, strategy: Strategy, space: Space, *, stored_bytes: int, rank: int, compute_bytes: int
+    shape: ModuleShape,
+    strategy: Strategy,
+    space: Space,
+    *,
+    stored_bytes: int,
+    rank: int,
+    compute_bytes: int,
+    canonical: bool = False,
+    balanced: bool = False,
 ) -> int:
     """Upper estimate of what one module's merge holds at once.
 
@@ -78,9 +70,17 @@ def module_peak_bytes(
         stored_bytes: of the factors as read.
         rank: of the output, or a bound of it.
         compute_bytes: of one number in the compute type.
+        canonical: whether the inputs' factors are replaced by canonical ones.
+        balanced: whether the output's are.
     """
     held = shape.factor_entries + strategy.working_entries(shape, space)
     # Compression: the result and its thin bases. Diagnostics: [result, inputs], copied by each decomposition.
     result_rank = max(rank, min(shape.joint_rank, space.merged_rank(shape)))
-    finishing = 3 * (shape.joint_rank + result_rank) * (shape.d_out + shape.d_in)
+    sides = shape.d_out + shape.d_in
+    finishing = 3 * (shape.joint_rank + result_rank) * sides
+    # Factors made canonical stand beside the given ones, and beside the bases of one update at a time.
+    if canonical:
+        held += shape.factor_entries + CANONICAL_COPIES * max(shape.ranks) * sides
+    if balanced:
+        finishing += CANONICAL_COPIES * result_rank * sides
     return stored_bytes + (held + finishing) * compute_bytes

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from mergekit_lowrank.engine.devices import move
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, concatenate, distance, norm
-from mergekit_lowrank.policies import Compressed, retention
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, concatenate, distance, norm
+from mergekit_lowrank.policies import Compressed, Scaling, retention
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
@@ -24,7 +24,17 @@ CANCELLED = 1e-6
 """A weighted sum whose norm is below this share of Σ |c|·‖ΔW‖ has cancelled to rounding: an error relative to it means
 nothing."""
 
-__all__ = ["MergedModule", "ModuleRecord", "blamed", "encode", "merge_module", "read_updates"]
+__all__ = [
+    "MergedInputs",
+    "MergedModule",
+    "ModuleRecord",
+    "blamed",
+    "encode",
+    "merge_inputs",
+    "merge_module",
+    "rank_generator",
+    "read_updates",
+]
 
 ENERGY_SHARE = 0.99
 """The share for which the record names the rank that would keep it."""
@@ -42,6 +52,7 @@ class ModuleRecord:
         rank: directions in the merged update as kept (padding apart).
         energy: ‖ΔW‖²_F of the merged update before it was cut.
         kept_energy: share of it that was kept.
+        cut_error: ‖M − M_rank‖_F / ‖M‖_F of the cut alone, M the merged update.
         rank_for_99: the rank that keeps 99 % of it; None where the spectrum was not computed that far.
         input_norms: ‖w_t ΔW_t‖_F of the participants.
         merged_norm: ‖ΔW‖_F as written.
@@ -60,6 +71,7 @@ class ModuleRecord:
     rank: int
     energy: float
     kept_energy: float
+    cut_error: float
     rank_for_99: int | None
     input_norms: tuple[float, ...]
     merged_norm: float
@@ -82,13 +94,32 @@ class MergedModule:
         name: the module.
         b: (d_out, rank).
         a: (rank, d_in).
+        artefacts: what the strategy returned beside it, by name.
         record: for the report.
     """
 
     name: str
     b: Tensor
     a: Tensor
+    artefacts: Mapping[str, Tensor]
     record: ModuleRecord
+
+
+@dataclass(frozen=True, eq=False)
+class MergedInputs:
+    """One module's inputs merged and scaled, not yet cut to a rank.
+
+    Attributes:
+        update: the result.
+        scaling: what made it as large as it is.
+        inputs: what it was made from, in the compute type.
+        artefacts: what goes beside it, given what was written of it.
+    """
+
+    update: Update
+    scaling: Scaling
+    inputs: tuple[LowRankUpdate, ...]
+    artefacts: Callable[[LowRankUpdate], Mapping[str, Tensor]]
 
 
 @contextmanager
@@ -123,6 +154,7 @@ def context_of(plan: Plan, module: ModulePlan, survey: Survey | None) -> MergeCo
         input_params=tuple(module.group.input_params[t] for t in module.participants),
         survey=survey,
         seed=plan.recipe.seed,
+        labels=tuple(plan.inputs[t].label for t in module.participants),
     )
 
 
@@ -131,7 +163,47 @@ def encode(
 ) -> tuple[Coordinates, MergeContext]:
     """The coordinates of one module and what goes with them."""
     updates = move(stored, device, plan.compute_dtype)
+    if plan.recipe.canonical:
+        updates = [canonical(update) for update in updates]
     return module.group.space.encode(updates, module.weights), context_of(plan, module, survey)
+
+
+def merge_inputs(
+    plan: Plan, module: ModulePlan, stored: Sequence[LowRankUpdate], device: torch.device, survey: Survey | None
+) -> MergedInputs:
+    """The merged update of one module, as large as its scale policy makes it.
+
+    Raises:
+        StrategyError: the strategy gave a wrong shape or values that are not finite.
+    """
+    strategy = module.group.strategy
+    with blamed(module):
+        coordinates, context = encode(plan, module, stored, device, survey)
+        merged = strategy.merge(coordinates, context)
+    _check(merged, module)
+    scaling = module.scale.scaling(merged, coordinates.updates, module.weights)
+    # Coordinates are let go here unless artefacts need them.
+    artefacts = _artefact_maker(module, coordinates, context) if strategy.has_artefacts() else lambda _: {}
+    return MergedInputs(merged.scaled(scaling.factor), scaling, coordinates.updates, artefacts)
+
+
+def _artefact_maker(
+    module: ModulePlan, coordinates: Coordinates, context: MergeContext
+) -> Callable[[LowRankUpdate], Mapping[str, Tensor]]:
+    def make(written: LowRankUpdate) -> Mapping[str, Tensor]:
+        with blamed(module):
+            found = module.group.strategy.artefacts(coordinates, written, context)
+            wrong = [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]
+            if wrong:
+                raise StrategyError(f"artefact '{wrong[0]}' is a {type(found[wrong[0]]).__name__}; expected a tensor")
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    return make
+
+
+def rank_generator(plan: Plan, module: ModulePlan) -> torch.Generator:
+    """Where the decomposition of a large dense result starts: the same each time the module is merged."""
+    return keyed_generator(plan.recipe.seed, module.name, "rank")
 
 
 def merge_module(
@@ -141,23 +213,22 @@ def merge_module(
 
     Raises:
         StrategyError: the strategy gave a wrong shape or values that are not finite.
+        RecipeError: its rank depends on the data and is above those that may be written.
         OutputError: the stored type cannot hold the result.
     """
     start = time.perf_counter()
-    with blamed(module):
-        coordinates, context = encode(plan, module, stored, device, survey)
-        merged = module.group.strategy.merge(coordinates, context)
-    _check(merged, module)
-    updates = coordinates.updates
-    scaling = module.scale.scaling(merged, updates, module.weights)
-    generator = keyed_generator(plan.recipe.seed, module.name, "rank")
-    compressed = module.rank.compress(merged.scaled(scaling.factor), generator)
+    merged = merge_inputs(plan, module, stored, device, survey)
+    compressed = module.rank.compress(merged.update, rank_generator(plan, module))
+    plan.accepted(compressed.update.rank, module.name)  # or nothing of it is written
+    if plan.recipe.output.balance:
+        compressed = replace(compressed, update=canonical(compressed.update))
     b, a = _stored(compressed.update, module, plan.out_dtype)
+    scaling = merged.scaling
     warnings = (scaling.warning,) if scaling.warning else ()
     written = LowRankUpdate(b, a).to(device, plan.compute_dtype)
-    record = _record(plan, module, updates, compressed, written, scaling.factor)
+    record = _record(plan, module, merged.inputs, compressed, written, scaling.factor)
     record |= {"warnings": warnings, "wall_seconds": time.perf_counter() - start}
-    return MergedModule(module.name, b, a, ModuleRecord(**record))
+    return MergedModule(module.name, b, a, merged.artefacts(written), ModuleRecord(**record))
 
 
 def _check(merged: Update, module: ModulePlan) -> None:
@@ -213,6 +284,7 @@ def _record(
         "rank": compressed.update.rank,
         "energy": compressed.spectrum.energy,
         "kept_energy": compressed.kept_energy,
+        "cut_error": compressed.error,
         "rank_for_99": compressed.spectrum.rank_for(ENERGY_SHARE),
         "input_norms": tuple(abs(w) * own for own, w in zip(norms, module.weights, strict=True)),
         "merged_norm": norm(written),

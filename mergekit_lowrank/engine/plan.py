@@ -10,17 +10,26 @@ from typing import Any
 import torch
 
 from mergekit_lowrank.engine.memory import format_bytes, module_peak_bytes
+from mergekit_lowrank.engine.ranks import (
+    above_accepted,
+    accepted_ranks,
+    over_accepted,
+    rank_policy,
+    under_budget,
+    uniform_rank,
+)
 from mergekit_lowrank.engine.settings import Group, Settings, SettingsResolver
 from mergekit_lowrank.errors import (
     IncompatibleInputsError,
     MemoryBudgetError,
     MergeError,
     RecipeError,
+    StrategyError,
     raise_together,
 )
 from mergekit_lowrank.formats import Checkpoint, ModuleHeader
-from mergekit_lowrank.policies import EnergyRank, FixedRank, RankPolicy, ScalePolicy
-from mergekit_lowrank.recipe import Depths, Energy, Recipe
+from mergekit_lowrank.policies import RankPolicy, ScalePolicy, snapped
+from mergekit_lowrank.recipe import Budget, Depths, Recipe
 from mergekit_lowrank.spaces import ModuleShape
 
 __all__ = ["ModulePlan", "Plan", "build_plan"]
@@ -57,6 +66,10 @@ class ModulePlan:
     peak_bytes: int
     stored_bytes: int
 
+    def bytes_per_rank(self, dtype: torch.dtype) -> int:
+        """Bytes of one column of B and one row of A."""
+        return (self.shape.d_out + self.shape.d_in) * dtype.itemsize
+
     def to_dict(self) -> dict[str, Any]:
         """For ``plan --json``."""
         return {
@@ -68,6 +81,7 @@ class ModulePlan:
             "weights": list(self.weights),
             "method": self.group.method,
             "space": self.group.space.name,
+            "rank_policy": self.rank.name,
             "rank": self.rank.planned,
             "peak_bytes": self.peak_bytes,
         }
@@ -108,17 +122,23 @@ class Plan:
         return sum(module.stored_bytes for module in self.modules)
 
     @property
+    def accepted_ranks(self) -> tuple[int, ...]:
+        """Ranks that may be written, ascending; empty for all."""
+        return accepted_ranks(self.recipe)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What the merged factors may take; None without a budget."""
+        rank = self.recipe.output.rank
+        return rank.bytes if isinstance(rank, Budget) else None
+
+    @property
     def bytes_written(self) -> int | None:
         """Bytes of the merged factors; None where a rank depends on the data."""
         ranks = [self.written_rank(module) for module in self.modules]
-        if None in ranks:
-            return None
-        entries = (
-            rank * (module.shape.d_out + module.shape.d_in)
-            for rank, module in zip(ranks, self.modules, strict=True)
-            if rank is not None
-        )
-        return sum(entries) * self.out_dtype.itemsize
+        sizes = [module.bytes_per_rank(self.out_dtype) for module in self.modules]
+        known = [rank * size for rank, size in zip(ranks, sizes, strict=True) if rank is not None]
+        return sum(known) if len(known) == len(ranks) else None
 
     @property
     def peak_bytes(self) -> int:
@@ -127,7 +147,21 @@ class Plan:
 
     def written_rank(self, module: ModulePlan) -> int | None:
         """Rows of A as written, where known."""
-        return self.uniform_rank if self.recipe.output.uniform_rank else module.rank.planned
+        if self.recipe.output.uniform_rank:
+            return self.uniform_rank
+        planned = module.rank.planned
+        return None if planned is None else self.accepted(planned, module.name)
+
+    def accepted(self, rank: int, module: str) -> int:
+        """The least rank of at least 1 that may be written and holds ``rank`` directions of ``module``.
+
+        Raises:
+            RecipeError: every one that may be written is smaller.
+        """
+        found = snapped(max(1, rank), self.accepted_ranks)
+        if found is None:
+            raise above_accepted(self.recipe, rank, f"'{module}'")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -141,11 +175,13 @@ class Plan:
                 "modules": len(self.modules),
                 "bytes_read": self.bytes_read,
                 "bytes_written": self.bytes_written,
+                "budget_bytes": self.budget_bytes,
                 "peak_bytes": self.peak_bytes,
                 "memory_bytes": self.memory_bytes,
             },
             "dtype": str(self.compute_dtype).removeprefix("torch."),
             "out_dtype": str(self.out_dtype).removeprefix("torch."),
+            "accepted_ranks": list(self.accepted_ranks),
             "uniform_rank": self.uniform_rank,
             "warnings": list(self.warnings),
         }
@@ -165,23 +201,31 @@ def build_plan(recipe: Recipe, inputs: Sequence[Checkpoint], resolver: SettingsR
     """
     problems: list[MergeError] = [*_incompatibilities(inputs)]
     raise_together(problems)
-    compute = _compute_dtype(recipe, inputs)
+    compute, stored = _compute_dtype(recipe, inputs), _out_dtype(recipe, inputs)
     draft = _Draft(recipe, inputs, resolver, compute)
     modules = draft.modules()
     problems += draft.problems
     problems += _unmatched_rules(recipe, resolver)
-    problems += _over_budget(modules, memory_bytes)
+    problems += _over_memory(modules, memory_bytes)
+    problems += over_accepted(recipe, {module.name: module.rank for module in modules})
+    problems += under_budget(recipe, [(module.rank, module.bytes_per_rank(stored)) for module in modules])
     raise_together(problems)
     return Plan(
         recipe=recipe,
         inputs=tuple(inputs),
         modules=modules,
-        out_dtype=_out_dtype(recipe, inputs),
+        out_dtype=stored,
         compute_dtype=compute,
-        uniform_rank=_uniform_rank(recipe, modules),
+        uniform_rank=uniform_rank(recipe, [module.rank for module in modules]),
         memory_bytes=memory_bytes,
         warnings=(*_warnings(inputs, modules), *_split_surveys(modules)),
     )
+
+
+_FACTORS_KEPT = (
+    "'{}' needs its factors written as they are: set output.rank: max (or as much as the largest input rank) "
+    "and output.balance: false"
+)
 
 
 class _Draft:
@@ -217,7 +261,9 @@ class _Draft:
             return None
         headers = [self._inputs[t].modules[name] for t in participants]
         shape = ModuleShape(headers[0].d_out, headers[0].d_in, tuple(h.rank for h in headers))
-        rank = self._rank(settings, shape)
+        rank = rank_policy(settings, shape, self._recipe, self._largest_rank)
+        if settings.group.strategy.keeps_factors and not self._keeps_factors(settings.group, shape, rank):
+            self._failures.setdefault((StrategyError, _FACTORS_KEPT.format(settings.group.method)), []).append(name)
         stored = sum(header.stored_bytes for header in headers)
         group = settings.group
         peak = module_peak_bytes(
@@ -227,8 +273,14 @@ class _Draft:
             stored_bytes=stored,
             rank=rank.planned or group.space.merged_rank(shape),
             compute_bytes=self._compute.itemsize,
+            canonical=self._recipe.canonical is not None,
+            balanced=self._recipe.output.balance,
         )
         return ModulePlan(name, shape, participants, weights, total, group, settings.scale, rank, peak, stored)
+
+    def _keeps_factors(self, group: Group, shape: ModuleShape, rank: RankPolicy) -> bool:
+        needed = group.space.merged_rank(shape)
+        return not self._recipe.output.balance and rank.planned is not None and rank.planned >= needed
 
     def _participant_weights(
         self, name: str, settings: Settings, participants: tuple[int, ...]
@@ -247,19 +299,6 @@ class _Draft:
                 "cannot renormalise them; use 'missing: zero'"
             )
         return tuple(w * total / present for w in own), total
-
-    def _rank(self, settings: Settings, shape: ModuleShape) -> RankPolicy:
-        limit = min(shape.d_out, shape.d_in)
-        asked = settings.rank
-        if isinstance(asked, Energy):
-            return EnergyRank(asked.energy, limit, max(shape.ranks))
-        if asked == "sum":
-            return FixedRank(min(shape.joint_rank, limit, settings.group.space.merged_rank(shape)))
-        if asked == "max":
-            # A uniform output is padded to the largest rank anyway: use it.
-            everywhere = self._recipe.output.uniform_rank and not settings.has_own_rank
-            return FixedRank(min(self._largest_rank if everywhere else max(shape.ranks), limit))
-        return FixedRank(min(int(asked), limit))
 
 
 def _module_names(inputs: Sequence[Checkpoint]) -> list[str]:
@@ -306,7 +345,7 @@ def _unmatched_rules(recipe: Recipe, resolver: SettingsResolver) -> Iterator[Mer
         yield recipe.problem(("rules", index, "match"), message)
 
 
-def _over_budget(modules: Sequence[ModulePlan], memory_bytes: int) -> Iterator[MergeError]:
+def _over_memory(modules: Sequence[ModulePlan], memory_bytes: int) -> Iterator[MergeError]:
     large = [module for module in modules if module.peak_bytes > memory_bytes]
     if large:
         worst = max(large, key=lambda module: module.peak_bytes)
@@ -333,13 +372,6 @@ def _out_dtype(recipe: Recipe, inputs: Sequence[Checkpoint]) -> torch.dtype:
     for header in headers:
         dtype = torch.promote_types(dtype, header.dtype)
     return dtype
-
-
-def _uniform_rank(recipe: Recipe, modules: Sequence[ModulePlan]) -> int | None:
-    if not recipe.output.uniform_rank:
-        return None
-    ranks = [module.rank.planned for module in modules]
-    return None if None in ranks else max(rank for rank in ranks if rank is not None)
 
 
 def _warnings(inputs: Sequence[Checkpoint], modules: Sequence[ModulePlan]) -> Iterator[str]:

@@ -22,7 +22,11 @@ Loc = tuple[str | int, ...]
 
 INSTEAD = {
     "normalize": "For mergekit's normalize, `ties` takes disjoint: mean (true) or disjoint: sum (false).",
-    "rescale": "mergekit's rescale has no counterpart; `scale` sets how large the merged update is.",
+    "rescale": "The methods that drop entries have it (mergekit's is `norm`); `scale` sets how large the result is.",
+    "nuslerp_flatten": "For mergekit's nuslerp_flatten write granularity: tensor (true) or row (false).",
+    "nuslerp_row_wise": "For mergekit's nuslerp_row_wise: true write granularity: column (its name is inverted).",
+    "filter_wise": "For mergekit's filter_wise: true write granularity: row.",
+    "eps": "Leave mergekit's eps out: nothing is added to a denominator here.",
 }
 """Parameters of mergekit's methods that are called otherwise here."""
 
@@ -196,7 +200,7 @@ class SettingsResolver:
             group=self._group(scope, chosen, self._own(scope, module, depth)),
             weights=tuple(float(w) for w in self._weights(scope, module, depth)),
             scale=scale_policy(recipe.scale if inherits_scale else rule.scale),  # type: ignore[arg-type, union-attr]
-            rank=rule.rank if own_rank else recipe.output.rank,  # type: ignore[union-attr, arg-type]
+            rank=(rule.rank if own_rank else recipe.output.rank) or scope.preset.default_rank,  # type: ignore[union-attr]
             has_own_rank=own_rank,
         )
 

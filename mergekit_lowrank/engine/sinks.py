@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mergekit_lowrank.engine.artefacts import ArtefactSpool
 from mergekit_lowrank.engine.plan import Plan
 from mergekit_lowrank.errors import OutputError
 from mergekit_lowrank.formats import SafetensorsStream, tensor_names
@@ -33,11 +34,27 @@ class Sink(AbstractContextManager["Sink"], ABC):
     def put(self, module: str, b: Tensor, a: Tensor) -> None:
         """Take the factors of one module, in the stored type on the CPU."""
 
+    @abstractmethod
+    def keep(self, module: str, artefacts: Mapping[str, Tensor]) -> None:
+        """Take what the strategy returned beside the update of one module."""
 
-class StreamSink(Sink):
+
+class FileSink(Sink):
+    """The output is a file, with artefacts in another beside it."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self._artefacts = ArtefactSpool(path.parent, [module.name for module in plan.modules])
+
+    def keep(self, module: str, artefacts: Mapping[str, Tensor]) -> None:
+        """Spool them."""
+        self._artefacts.put(module, artefacts)
+
+
+class StreamSink(FileSink):
     """Every rank is known, so every tensor goes straight to its offset in a file reserved beforehand."""
 
     def __init__(self, path: Path, plan: Plan, ranks: Mapping[str, int]) -> None:
+        super().__init__(path, plan)
         self.ranks = dict(ranks)
         tensors = {}
         for module in plan.modules:
@@ -58,12 +75,15 @@ class StreamSink(Sink):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.__exit__(kind, error, trace)
+        if kind is None:
+            self._artefacts.finish()
 
 
-class SpoolSink(Sink):
+class SpoolSink(FileSink):
     """Ranks depend on the data: modules wait in files of their own until all ranks are known."""
 
     def __init__(self, path: Path, plan: Plan) -> None:
+        super().__init__(path, plan)
         self.ranks = {}
         self._path, self._plan = path, plan
         self._spool = path.parent / "spool"
@@ -90,6 +110,7 @@ class SpoolSink(Sink):
                     sink.put(module, stored.get_tensor("b"), stored.get_tensor("a"))
                 file.unlink()
         self._spool.rmdir()
+        self._artefacts.finish()
 
 
 class MemorySink(Sink):
@@ -97,11 +118,13 @@ class MemorySink(Sink):
 
     Attributes:
         state_dict: tensors by PEFT's names; complete once the context is left.
+        artefacts: tensors by ``<module>.<name>``.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.ranks = {}
         self.state_dict: dict[str, Tensor] = {}
+        self.artefacts: dict[str, Tensor] = {}
         self._plan = plan
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -109,6 +132,10 @@ class MemorySink(Sink):
         """Keep both factors."""
         self._factors[module] = (b, a)
         self.ranks[module] = a.shape[0]
+
+    def keep(self, module: str, artefacts: Mapping[str, Tensor]) -> None:
+        """Keep them."""
+        self.artefacts |= {f"{module}.{name}": tensor for name, tensor in artefacts.items()}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -130,9 +157,9 @@ def file_sink(path: Path, plan: Plan) -> Sink:
 
 
 def _settled(found: Mapping[str, int], plan: Plan) -> dict[str, int]:
-    """Ranks as written: as planned where planned, else what was found, at least 1; all equal where uniform."""
+    """Ranks as written: as planned where planned, else the next accepted one; all equal where uniform."""
     planned = {module.name: plan.written_rank(module) for module in plan.modules}
-    ranks = {name: rank if rank is not None else max(1, found[name]) for name, rank in planned.items()}
+    ranks = {name: plan.accepted(found[name], name) if rank is None else rank for name, rank in planned.items()}
     if plan.recipe.output.uniform_rank:
         return dict.fromkeys(ranks, max(ranks.values()))
     return ranks

@@ -59,18 +59,21 @@ class Adapter:
             OutputError: ``path`` exists and is not to be overwritten, or cannot be written.
             CheckpointError: the configuration or the state dict cannot be stored.
         """
-        target, where = Path(path), f"adapter for {path}"
+        target = Path(path)
+        with new_directory(target, overwrite=overwrite) as partial:
+            self.fill(partial)
+        return target
+
+    def fill(self, directory: Path) -> None:
+        """Write the files of the adapter into a directory."""
+        where = f"adapter for {directory.name}"
         config = json.dumps(self._config_mapping(where), indent=2)  # not sorted: the first pattern that matches wins
         specs = TensorMapping(self.state_dict, where=where).specs
         announced = {key: (spec.dtype, spec.shape) for key, spec in specs.items()}
-        with new_directory(target, overwrite=overwrite) as partial:
-            with SafetensorsStream(
-                partial / "adapter_model.safetensors", announced, metadata={"format": "pt"}
-            ) as stream:
-                for key, tensor in self.state_dict.items():
-                    stream.write(key, tensor)
-            write_text(partial / CONFIG_NAME, config)
-        return target
+        with SafetensorsStream(directory / "adapter_model.safetensors", announced, metadata={"format": "pt"}) as stream:
+            for key, tensor in self.state_dict.items():
+                stream.write(key, tensor)
+        write_text(directory / CONFIG_NAME, config)
 
     def _config_mapping(self, where: str) -> dict[str, object]:
         raw = self.config if isinstance(self.config, Mapping) else self.config.to_dict()

@@ -2,13 +2,16 @@
 
 from mergekit_lowrank.lowrank.decompositions import (
     JointDecomposition,
+    fix_signs,
     in_double,
     joint_decomposition,
     left_singular_basis,
+    polar_factor,
+    svd,
 )
 from mergekit_lowrank.lowrank.products import distance, inner, norm
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes
-from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, factorise, spectrum_of
+from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify, padded_stacks
 
 __all__ = [
@@ -19,10 +22,12 @@ __all__ = [
     "Spectrum",
     "Truncation",
     "Update",
+    "canonical",
     "concatenate",
     "densify",
     "distance",
     "factorise",
+    "fix_signs",
     "in_double",
     "inner",
     "joint_decomposition",
@@ -31,5 +36,7 @@ __all__ = [
     "left_singular_basis",
     "norm",
     "padded_stacks",
+    "polar_factor",
     "spectrum_of",
+    "svd",
 ]

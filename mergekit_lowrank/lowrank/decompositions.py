@@ -21,6 +21,7 @@ __all__ = [
     "in_double",
     "joint_decomposition",
     "left_singular_basis",
+    "polar_factor",
     "svd",
     "thin_qr",
     "triangular_factor",
@@ -95,6 +96,23 @@ def left_singular_basis(matrix: Tensor) -> Tensor:
     kept = int((s > max(matrix.shape) * torch.finfo(s.dtype).eps * s.max()).sum()) if s.numel() else 0
     left, _ = fix_signs(q @ u[:, :kept], vh[:kept])
     return left
+
+
+def polar_factor(matrix: Tensor, rank_tolerance: float) -> Tensor:
+    """U · Vᵀ of ``matrix`` (d, n) = U · diag(S) · Vᵀ: of all matrices with orthonormal rows or columns the nearest.
+
+    Directions with σ ≤ ``rank_tolerance`` · σ_max are left out: their partners are arbitrary. So a rank-deficient
+    matrix gives a partial isometry between its row space and its column space, and zero gives zero.
+
+    Args:
+        matrix: (d, n), of any rank.
+        rank_tolerance: at least the level of rounding, 16 ε or so.
+
+    Source: Fan & Hoffman 1955, theorem 1 (nearest); Löwdin's symmetric orthogonalisation where d ≥ n.
+    """
+    u, s, vh = svd(matrix)
+    kept = int((s > rank_tolerance * s.max()).sum()) if s.numel() else 0
+    return u[:, :kept] @ vh[:kept]
 
 
 @dataclass(frozen=True, eq=False)

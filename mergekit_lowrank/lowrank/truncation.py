@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr, triangular_factor
 from mergekit_lowrank.lowrank.products import inner
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update
 
-__all__ = ["Spectrum", "Truncation", "factorise", "spectrum_of"]
+__all__ = ["Spectrum", "Truncation", "canonical", "factorise", "spectrum_of"]
 
 EXACT_SIDE = 768
 """Dense deltas whose smaller side is at most this are decomposed exactly."""
@@ -20,6 +22,15 @@ OVERSAMPLING = 16
 ENERGY_TOLERANCE = 1e-4
 """The Krylov space has grown enough when a block raises the captured energy by less than this share of it."""
 MAXIMUM_BLOCKS = 12
+SHARE_TOLERANCE = 1e-12
+"""A sum of squares need not reach a share exactly: an allowance of the size of rounding in float64."""
+ERROR_TOLERANCE = 1e-9
+"""The same for a bound of the error, as a share of the bound: it may be much smaller than ``SHARE_TOLERANCE``."""
+ROUNDING = 4.0
+"""Singular values that should be zero come out below 0.4 · √k · ε · σ_max (measured in float32, on stacks of rank 8 to
+400 that hold one update two to eight times). Ten times that is safe."""
+PARTIAL_RESOLUTION = 1e-6
+"""What a partial spectrum leaves out is a difference of energies, good to about this share of the whole in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +41,21 @@ class Spectrum:
         values: (k,) float64, descending; all of the non-zero ones where ``complete``, else the leading ones.
         energy: ‖ΔW‖²_F, of the whole update.
         complete: whether ``values`` holds the whole spectrum.
+        epsilon: of the type that the values were computed in.
     """
 
     values: Tensor
     energy: float
     complete: bool
+    epsilon: float = torch.finfo(torch.float64).eps
+
+    @property
+    def resolved(self) -> int:
+        """How many values stand above rounding, 4 · √k · ε · σ_max; the directions of the others are arbitrary."""
+        if self.values.numel() == 0:
+            return 0
+        floor = ROUNDING * math.sqrt(self.values.numel()) * self.epsilon * float(self.values[0])
+        return int((self.values > floor).sum())
 
     def kept(self, rank: int) -> float:
         """Share of the energy in the leading ``rank`` directions; 1 for a zero update."""
@@ -42,16 +63,40 @@ class Spectrum:
             return 1.0
         return min(float(self.values[:rank].square().sum()) / self.energy, 1.0)
 
+    def error(self, rank: int) -> float:
+        """‖ΔW − ΔW_rank‖_F / ‖ΔW‖_F for the leading ``rank`` directions; 0 for a zero update.
+
+        From the values left out, so that it is right to its last digits where the spectrum is complete.
+        """
+        if self.energy == 0.0:
+            return 0.0
+        return math.sqrt(float(self._left_out()[min(rank, self.values.numel())]) / self.energy)
+
     def rank_for(self, share: float) -> int | None:
         """The least rank that keeps ``share`` of the energy (0 for a zero update); None where it was not computed."""
+        return self._rank_leaving(1 - share + SHARE_TOLERANCE)
+
+    def rank_within(self, error: float) -> int | None:
+        """The least rank whose ``error`` is no larger (0 for a zero update); None where it was not computed.
+
+        Directions at the level of rounding are never asked for: they do not make a result any better.
+        """
+        return self._rank_leaving(error * error * (1 + ERROR_TOLERANCE))
+
+    def _rank_leaving(self, loss: float) -> int | None:
         if self.energy == 0.0:
             return 0
-        shares = self.values.square().cumsum(0) / self.energy
-        # One ulp-sized allowance per term: a sum of squares need not reach 1.0 exactly.
-        reached = (shares >= share - 1e-12).nonzero()
-        if reached.numel():
-            return int(reached[0]) + 1
-        return self.values.numel() if self.complete else None
+        if not self.complete and loss < PARTIAL_RESOLUTION:
+            return None
+        reached = (self._left_out() <= loss * self.energy).nonzero()
+        return max(1, min(int(reached[0]), self.resolved)) if reached.numel() else None
+
+    def _left_out(self) -> Tensor:
+        """(k + 1,): the energy beyond the leading 0, 1, …, k directions."""
+        beyond = torch.zeros(1, dtype=torch.float64)
+        if not self.complete:
+            beyond += max(self.energy - float(self.values.square().sum()), 0.0)
+        return torch.cat([self.values.square(), beyond]).flip(0).cumsum(0).flip(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,28 +112,49 @@ class Truncation:
         values = self.spectrum.values[:rank].to(self.left)
         return LowRankUpdate(self.left[:, :rank] * values, self.right[:rank])
 
+    def balanced(self, rank: int) -> LowRankUpdate:
+        """The leading ``rank`` directions as b = U·√S, a = √S·Vᵀ; fewer where there are fewer."""
+        roots = self.spectrum.values[:rank].sqrt().to(self.left)
+        return LowRankUpdate(self.left[:, :rank] * roots, roots.unsqueeze(1) * self.right[:rank])
+
 
 def _factorise_low(update: LowRankUpdate) -> Truncation:
     q_b, r_b = thin_qr(update.b)
     q_a, r_a = thin_qr(update.a.T)
     u, s, vh = svd(r_b @ r_a.T * update.scaling)
     left, right = fix_signs(q_b @ u, vh @ q_a.T)
-    values = s.cpu().double()
-    return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
+    return Truncation(left, right, _whole_spectrum(s))
+
+
+def _whole_spectrum(singular_values: Tensor) -> Spectrum:
+    values = singular_values.cpu().double()
+    epsilon = torch.finfo(singular_values.dtype).eps
+    return Spectrum(values, float(values.square().sum()), complete=True, epsilon=epsilon)
+
+
+def canonical(update: LowRankUpdate) -> LowRankUpdate:
+    """The same update as b = U·√S, a = √S·Vᵀ with fixed signs: factors that do not depend on how it was factorised.
+
+    (b·G, G⁻¹·a) gives the same factors for every invertible G, to rounding, as long as the singular values are
+    distinct: among equal ones the directions are arbitrary. The rank stays what it is; directions at the level of
+    rounding become zeros. The scaling goes into the factors.
+    """
+    truncation = _factorise_low(update)
+    balanced = truncation.balanced(truncation.spectrum.resolved)
+    missing = update.rank - balanced.rank
+    return LowRankUpdate(pad(balanced.b, (0, missing)), pad(balanced.a, (0, 0, 0, missing)))
 
 
 def spectrum_of(update: LowRankUpdate) -> Spectrum:
     """The singular values of a low-rank update, from its core; no vectors."""
     r_b, r_a = triangular_factor(update.b), triangular_factor(update.a.T)
-    values = torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()).double()
-    return Spectrum(values, float(values.square().sum()), complete=True)
+    return _whole_spectrum(torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()))
 
 
 def _factorise_dense(delta: Tensor) -> Truncation:
     u, s, vh = svd(delta)
     left, right = fix_signs(u, vh)
-    values = s.cpu().double()
-    return Truncation(left, right, Spectrum(values, float(values.square().sum()), complete=True))
+    return Truncation(left, right, _whole_spectrum(s))
 
 
 def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncation:
@@ -122,7 +188,8 @@ def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncat
     if tall is not delta:
         left, right_t = right_t.T, left.T
     left, right_t = fix_signs(left, right_t)
-    return Truncation(left, right_t, Spectrum(s.cpu().double(), energy, complete=basis.shape[1] == columns))
+    complete = basis.shape[1] == columns
+    return Truncation(left, right_t, Spectrum(s.cpu().double(), energy, complete, torch.finfo(s.dtype).eps))
 
 
 def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:

@@ -1,17 +1,34 @@
 """Scale and rank policies: how large the merged update is made, and how it becomes an adapter of some rank."""
 
-from mergekit_lowrank.policies.rank import Compressed, EnergyRank, FixedRank, RankPolicy
+from mergekit_lowrank.policies.budget import Offer, least_rank, spread
+from mergekit_lowrank.policies.rank import (
+    VLLM_RANKS,
+    BudgetRank,
+    Compressed,
+    EnergyRank,
+    ErrorRank,
+    FixedRank,
+    RankPolicy,
+    snapped,
+)
 from mergekit_lowrank.policies.scale import AutoScale, FixedScale, RetentionScale, ScalePolicy, Scaling, retention
 
 __all__ = [
+    "VLLM_RANKS",
     "AutoScale",
+    "BudgetRank",
     "Compressed",
     "EnergyRank",
+    "ErrorRank",
     "FixedRank",
     "FixedScale",
+    "Offer",
     "RankPolicy",
     "RetentionScale",
     "ScalePolicy",
     "Scaling",
+    "least_rank",
     "retention",
+    "snapped",
+    "spread",
 ]

@@ -2,7 +2,9 @@
 
 from mergekit_lowrank.recipe.document import write_yaml
 from mergekit_lowrank.recipe.models import (
+    Budget,
     Energy,
+    ErrorBound,
     InMemoryAdapter,
     ModelEntry,
     Output,
@@ -10,17 +12,21 @@ from mergekit_lowrank.recipe.models import (
     Recipe,
     Retention,
     Rule,
+    RuleRank,
     Scale,
     recipe_schema,
 )
 from mergekit_lowrank.recipe.origin import Loc
 from mergekit_lowrank.recipe.references import resolve_model
+from mergekit_lowrank.recipe.sizes import parse_bytes
 from mergekit_lowrank.recipe.source import load_recipe, parse_recipe
 from mergekit_lowrank.recipe.values import Depths, Filtered, Scalar, Value, leaves, matches, resolve
 
 __all__ = [
+    "Budget",
     "Depths",
     "Energy",
+    "ErrorBound",
     "Filtered",
     "InMemoryAdapter",
     "Loc",
@@ -30,12 +36,14 @@ __all__ = [
     "Recipe",
     "Retention",
     "Rule",
+    "RuleRank",
     "Scalar",
     "Scale",
     "Value",
     "leaves",
     "load_recipe",
     "matches",
+    "parse_bytes",
     "parse_recipe",
     "recipe_schema",
     "resolve",

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.recipe.document import write_yaml
 from mergekit_lowrank.recipe.origin import Loc, Origin
+from mergekit_lowrank.recipe.sizes import parse_bytes
 from mergekit_lowrank.recipe.strict import LIST_TO_TUPLE, Strict, expected, refused, told_as
 from mergekit_lowrank.recipe.values import INT64_MAX, Parameters, Pattern, Text
 
 __all__ = [
+    "Budget",
     "Energy",
+    "ErrorBound",
     "InMemoryAdapter",
     "ModelEntry",
     "Output",
@@ -24,6 +28,7 @@ __all__ = [
     "Recipe",
     "Retention",
     "Rule",
+    "RuleRank",
     "Scale",
     "recipe_schema",
 ]
@@ -82,14 +87,65 @@ class Energy(Strict):
     energy: float = Field(gt=0, le=1, description="The share of the sum of squared singular values that is kept.")
 
 
+class ErrorBound(Strict):
+    """The smallest rank within this relative Frobenius error of the merged update."""
+
+    error: float = Field(gt=0, lt=1, description="The largest ‖ΔW − ΔW_rank‖ / ‖ΔW‖ that a cut may cost.")
+
+
+def _is_a_size(size: str | int) -> str | int:
+    try:
+        parse_bytes(str(size))
+    except RecipeError:
+        raise expected("an amount of memory such as 80MB") from None
+    return size
+
+
+class Budget(Strict):
+    """Ranks that together take this many bytes, spread over the modules where they keep most."""
+
+    budget: Annotated[
+        str | int,
+        AfterValidator(_is_a_size),
+        WithJsonSchema({"type": ["string", "integer"], "exclusiveMinimum": 0}),
+    ] = Field(description="Bytes of all factors as stored: a number, or one with a unit such as `80MB` or `1.5GiB`.")
+
+    @property
+    def bytes(self) -> int:
+        """The size as a number of bytes."""
+        return parse_bytes(str(self.budget))
+
+
 Scale: TypeAlias = Annotated[
     float | Literal["auto"] | Retention,
     told_as(f"a finite number, 'auto', or {{retention: k}} with 0 < k <= {MAX_RETENTION:g}", "auto"),
 ]
 
+RANKS = "'max', 'sum', a whole number of at least 1, {energy: e} with 0 < e <= 1, {error: e} with 0 < e < 1"
+
 Rank: TypeAlias = Annotated[
-    Literal["max", "sum"] | Annotated[int, Field(ge=1)] | Energy,
-    told_as("'max', 'sum', a whole number of at least 1, or {energy: e} with 0 < e <= 1", "max", "sum"),
+    Literal["max", "sum"] | Annotated[int, Field(ge=1)] | Energy | ErrorBound | Budget,
+    told_as(f"{RANKS}, or {{budget: SIZE}} with a size such as 80MB", "max", "sum"),
+]
+
+RuleRank: TypeAlias = Annotated[
+    Literal["max", "sum"] | Annotated[int, Field(ge=1)] | Energy | ErrorBound,
+    told_as(f"{RANKS} (a budget is for all modules: it stands in output.rank)", "max", "sum"),
+]
+
+
+def _ascends(ranks: Literal["vllm"] | tuple[int, ...]) -> Literal["vllm"] | tuple[int, ...]:
+    if not isinstance(ranks, str):
+        for index, (lower, rank) in enumerate(pairwise(ranks), 1):
+            if rank <= lower:
+                raise expected(f"ranks in ascending order, so one above {lower}", at=(index,), found=rank)
+    return ranks
+
+
+Snap: TypeAlias = Annotated[
+    Literal["vllm"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), LIST_TO_TUPLE],
+    told_as("'vllm', or a list of whole numbers of at least 1", "vllm"),
+    AfterValidator(_ascends),
 ]
 
 STORED_TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -113,16 +169,37 @@ class ModelEntry(Strict):
 class Output(Strict):
     """How the merged update is written."""
 
-    rank: Rank = Field(
-        default="max",
-        description="`max`: the largest rank of the inputs; `sum`: their ranks together; a number; or "
-        "`{energy: 0.99}`: the smallest rank that keeps that share of the merged update.",
+    rank: Rank | None = Field(
+        default=None,
+        description="`max`: the largest rank of the inputs; `sum`: their ranks together; a number; "
+        "`{energy: 0.99}`: the smallest rank that keeps that share of the merged update; `{error: 0.05}`: the smallest "
+        "within that relative error; or `{budget: 80MB}`: as many bytes, spread over the modules. When left out, the "
+        "method's own: `max` or `sum`.",
     )
     uniform_rank: Annotated[bool, told_as("true or false")] = Field(
         default=True,
         description="Pad every module with zeros to one rank, which every server reads right. `false` writes "
         "`rank_pattern` with an equal `alpha_pattern`.",
     )
+    snap: Snap | None = Field(
+        default=None,
+        description="Raise every written rank to the next that is accepted: by vLLM (`vllm`: 1, 8, 16, 32, 64, 128, "
+        "256, 320, 512), or a list of your own.",
+    )
+    balance: Annotated[bool, told_as("true or false")] = Field(
+        default=False,
+        description="Split the singular values evenly: B = U·√S, A = √S·Vᵀ. The same update, to rounding.",
+    )
+
+    @model_validator(mode="after")
+    def _a_budget_needs_own_ranks(self) -> Output:
+        if isinstance(self.rank, Budget) and self.uniform_rank:
+            raise refused(
+                "a budget gives every module a rank of its own; add uniform_rank: false beside it "
+                "(for one rank in all modules use a number or {energy: e})",
+                at=("rank",),
+            )
+        return self
 
 
 class Rule(Strict):
@@ -139,7 +216,7 @@ class Rule(Strict):
     parameters: Parameters = Field(default={}, description="Parameters that win over those of the recipe.")
     space: Text | None = Field(default=None, description="Another space for these modules.")
     scale: Scale | None = Field(default=None, description="Another scale for these modules.")
-    rank: Rank | None = Field(default=None, description="Another output rank for these modules.")
+    rank: RuleRank | None = Field(default=None, description="Another output rank for these modules.")
 
     @model_validator(mode="after")
     def _changes_something(self) -> Rule:
@@ -167,6 +244,11 @@ class Recipe(Strict):
         default=1.0,
         description="What multiplies the merged update: a number; `{retention: k}`, the share of the inputs that "
         "survives; or `auto`, retention N^-0.4 for N inputs. mergekit's `parameters.lambda` is read as this.",
+    )
+    canonical: Annotated[Literal["svd"], told_as("'svd'", "svd")] | None = Field(
+        default=None,
+        description="`svd`: each input's factors are replaced by U·√S and √S·Vᵀ of its own update before they are "
+        "merged, so that results in `factors` do not depend on how an update was factorised.",
     )
     output: Output = Field(default=Output(), description="The rank of what is written, and its form.")
     dtype: Annotated[
@@ -199,6 +281,17 @@ class Recipe(Strict):
     ] = Field(default=0, description="Seeds the random numbers of methods that draw any.")
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @model_validator(mode="after")
+    def _a_budget_needs_known_ranks(self) -> Recipe:
+        if isinstance(self.output.rank, Budget):
+            for index, rule in enumerate(self.rules):
+                if isinstance(rule.rank, Energy | ErrorBound):
+                    raise refused(
+                        "beside a budget the rank of a rule must be known beforehand: max, sum or a number",
+                        at=("rules", index, "rank"),
+                    )
+        return self
 
     @property
     def directory(self) -> Path:

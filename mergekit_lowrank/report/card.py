@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from mergekit_lowrank._version import __version__
 from mergekit_lowrank.engine import Plan
+from mergekit_lowrank.policies import VLLM_RANKS, snapped
 from mergekit_lowrank.recipe import write_yaml
 from mergekit_lowrank.report.manifest import Digests
 from mergekit_lowrank.report.results import Report
-from mergekit_lowrank.report.summary import vllm_rank
 from mergekit_lowrank.strategies import Preset
 
 __all__ = ["model_card"]
@@ -49,7 +49,7 @@ def _method(report: Report, method: Preset) -> Iterator[str]:
     yield f"**{method.name}**: {method.summary}." + (f" {method.paper}." if method.paper else "")
     yield ""
     totals = report.totals
-    yield f"{totals.modules} modules at rank {report.rank}, {100 * totals.kept_energy:.2f} % of the merged energy kept."
+    yield f"{totals.modules} modules at {report.rank_text}, {100 * totals.kept_energy:.2f} % of the merged energy kept."
     if report.warnings:
         yield ""
         yield from (f"* {warning}" for warning in report.warnings)
@@ -64,8 +64,11 @@ def _recipe(plan: Plan) -> Iterator[str]:
 def _loading(report: Report, base: str | None) -> Iterator[str]:
     yield "## Use"
     yield ""
-    yield "Every server reads it alike: one rank, `lora_alpha` equal to `r`, all scaling in the factors."
-    limit = vllm_rank(report.rank)
+    if report.has_one_rank:
+        yield "Every server reads it alike: one rank, `lora_alpha` equal to `r`, all scaling in the factors."
+    else:
+        yield "peft reads it: ranks differ between modules and stand in `rank_pattern`, with an equal `alpha_pattern`."
+    limit = snapped(report.rank, VLLM_RANKS) if report.has_one_rank else None
     if limit is not None:
         yield ""
         yield "```console"

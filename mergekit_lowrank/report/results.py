@@ -39,9 +39,13 @@ class Totals(_Frozen):
     rank_for_99: int | None = Field(
         description="the least rank that keeps 99 % of the energy in every module; null where it was not computed"
     )
+    largest_cut_error: float = Field(
+        description="over the modules, ‖M − M_rank‖_F / ‖M‖_F of the cut to the output rank"
+    )
     largest_relative_error: float | None = Field(description="over the modules, against the exact weighted sum")
     bytes_read: int = Field(description="of the inputs' factors, each read once")
     bytes_written: int = Field(description="of the merged factors")
+    budget_bytes: int | None = Field(description="what they could take, where `output.rank` is a budget")
     wall_seconds: float = Field(description="of the whole merge")
 
 
@@ -59,6 +63,20 @@ class Report(_Frozen):
     dtype: str = Field(description="of the stored factors")
     warnings: tuple[str, ...] = Field(description="of the plan and of modules")
     modules: tuple[Mapping[str, Any], ...] = Field(description="one for each module")
+
+    @property
+    def rank_text(self) -> str:
+        """``rank 16``, or ``ranks 3 to 40`` where modules differ."""
+        return f"rank {self.rank}" if self.has_one_rank else f"ranks {min(self._written_ranks)} to {self.rank}"
+
+    @property
+    def has_one_rank(self) -> bool:
+        """Whether all modules are written with the same rank."""
+        return min(self._written_ranks) == self.rank
+
+    @property
+    def _written_ranks(self) -> list[int]:
+        return [module["written_rank"] for module in self.modules]
 
     def to_json(self) -> str:
         """The report as indented JSON."""
@@ -118,16 +136,17 @@ def _totals(
     energy = sum(record.energy for record in records)
     needed = [record.rank_for_99 for record in records]
     errors = [record.relative_error for record in records if record.relative_error is not None]
-    entries = sum(ranks[m.name] * (m.shape.d_out + m.shape.d_in) for m in plan.modules)
     return Totals(
         modules=len(records),
         merged_norm=math.hypot(*(record.merged_norm for record in records)),
         mean_input_norm=sum(summary.weighted_norm for summary in inputs) / len(inputs),
         kept_energy=sum(r.kept_energy * r.energy for r in records) / energy if energy else 1.0,
         rank_for_99=None if None in needed else max(rank for rank in needed if rank is not None),
+        largest_cut_error=max(record.cut_error for record in records),
         largest_relative_error=max(errors, default=None),
         bytes_read=plan.bytes_read,
-        bytes_written=entries * plan.out_dtype.itemsize,
+        bytes_written=sum(ranks[m.name] * m.bytes_per_rank(plan.out_dtype) for m in plan.modules),
+        budget_bytes=plan.budget_bytes,
         wall_seconds=wall_seconds,
     )
 

@@ -5,31 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mergekit_lowrank.engine import format_bytes
+from mergekit_lowrank.policies import VLLM_RANKS, snapped
 from mergekit_lowrank.report.results import Report
 
-__all__ = ["VLLM_RANKS", "closing_lines", "load_lines", "vllm_rank"]
+__all__ = ["closing_lines", "load_lines"]
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for ``--max-lora-rank``."""
 LARGE_RATIO = 2.0
 """A merged norm above this many mean input norms is pointed out."""
-
-
-def vllm_rank(rank: int) -> int | None:
-    """The least ``--max-lora-rank`` that loads an adapter of this rank; None beyond the largest."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def closing_lines(report: Report, location: str | None) -> Iterator[str]:
     """The summary, a line at a time."""
     totals = report.totals
     yield (
-        f"Merged {len(report.inputs)} adapters with {report.method}: {totals.modules} modules, rank {report.rank}, "
+        f"Merged {len(report.inputs)} adapters with {report.method}: {totals.modules} modules, {report.rank_text}, "
         f"{report.dtype}, {format_bytes(totals.bytes_written)} in {totals.wall_seconds:.1f} s"
     )
     norms = ", ".join(f"{summary.label} {summary.weighted_norm:.3g}" for summary in report.inputs)
     yield f"  norms        inputs (times weight): {norms}; merged: {totals.merged_norm:.3g}"
-    yield f"  energy kept  {_percent(totals.kept_energy)} at rank {report.rank}; {_needed(report)}"
+    yield f"  energy kept  {_percent(totals.kept_energy)} at {report.rank_text}; {_needed(report)}"
+    if totals.budget_bytes is not None:
+        used, given = format_bytes(totals.bytes_written), format_bytes(totals.budget_bytes)
+        yield f"  budget       {used} of {given} used"
     if totals.mean_input_norm and totals.merged_norm > LARGE_RATIO * totals.mean_input_norm:
         ratio = totals.merged_norm / totals.mean_input_norm
         yield (
@@ -57,8 +54,10 @@ def load_lines(report: Report, location: str) -> Iterator[str]:
     """How peft and vLLM load the result."""
     base = next((summary.base_model for summary in report.inputs if summary.base_model), None) or "BASE_MODEL"
     yield f"  peft         PeftModel.from_pretrained(base_model, {location!r})"
-    limit = vllm_rank(report.rank)
-    if limit is None:
+    limit = snapped(report.rank, VLLM_RANKS)
+    if not report.has_one_rank:
+        yield "  vLLM         reads one rank for all modules; set output.uniform_rank: true to load this one there"
+    elif limit is None:
         yield f"  vLLM         takes ranks up to {VLLM_RANKS[-1]}; set output.rank to load this one there"
     else:
         yield f"  vLLM         vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules merged={location}"

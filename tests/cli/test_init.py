@@ -51,6 +51,11 @@ def test_what_is_commented_out_may_be_uncommented(tmp_path, math, code, method):
     assert planned == succeeds("plan", "made.yaml", "--json")
 
 
+def test_the_rank_shown_is_the_methods_own(tmp_path, math, code):
+    text = written(tmp_path, "math", "code", "--method", "linear")
+    assert "#output: {rank: max, uniform_rank: true, snap: null, balance: false}" in text
+
+
 def test_nothing_in_an_adapter_can_end_a_comment(tmp_path, math):
     write_adapter(tmp_path / "evil", tensors(), base_model_name_or_path="org/base\nseed: 7\x1b[2J\u2028seed: 8")
     text = written(tmp_path, "evil")

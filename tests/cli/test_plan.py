@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from .builders import MODULES, run, succeeds, tensors, tree, write_adapter, write_recipe
 
 
@@ -43,10 +45,35 @@ def test_plan_keeps_apart_what_differs(tmp_path, math, code):
     assert "warning  'code' lacks 1 of 4 modules (layers.1.v_proj)" in printed
 
 
-def test_plan_names_a_rank_that_depends_on_the_data(recipe):
-    printed = succeeds("plan", recipe, "--set", "output.rank={energy: 0.9}")
-    assert "by energy" in printed
-    assert "known once the ranks are" in printed
+@pytest.mark.parametrize("policy", ["energy", "error"])
+def test_plan_names_a_rank_that_depends_on_the_data(recipe, policy):
+    printed = succeeds("plan", recipe, "--set", f"output.rank={{{policy}: 0.9}}")
+    assert f"by {policy}" in printed
+    assert "writes   known once the ranks are\n" in printed
+
+
+def test_plan_shows_what_a_budget_may_take_and_costs(recipe):
+    printed = succeeds("plan", recipe, "--set", "output={rank: {budget: 200kB}, uniform_rank: false}")
+    assert "by budget" in printed
+    assert "writes   at most 195.3 KiB of tensors, spread over the modules; each is merged twice" in printed
+
+
+def test_plan_shows_snapped_ranks(recipe):
+    printed = succeeds("plan", recipe, "--set", "output={rank: 2, snap: vllm}")
+    assert "every module padded to rank 8" in printed
+    printed = succeeds("plan", recipe, "--set", "output={rank: {energy: 0.9}, snap: [2, 4, 5]}")
+    assert "writes   known once the ranks are; each is raised to the next of 2, 4, 5" in printed
+
+
+def test_plan_refuses_what_a_budget_cannot_hold_and_a_rank_that_is_not_accepted(recipe):
+    for output, message in (
+        ("{rank: {budget: 100}, uniform_rank: false}", "100 bytes are too few: rank 1 in every module"),
+        ("{rank: sum, snap: [2]}", "has rank 4, and the largest accepted rank is 2"),
+        ("{rank: {budget: 100}}", "add uniform_rank: false"),
+    ):
+        result = run("plan", recipe, "--set", f"output={output}")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
 
 
 def test_plan_takes_a_method_instead_of_a_recipe(math, code):

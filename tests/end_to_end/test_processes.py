@@ -103,24 +103,37 @@ def test_peak_memory_does_not_grow_with_the_number_of_modules(tmp_path, method) 
 
 BOUNDED = {
     "linear with one large rank": ("linear", (2048, 2048), (15, 15, 128), {}),
+    "linear, canonical and balanced": (
+        "linear",
+        (2048, 2048),
+        (64,) * 4,
+        {"canonical": "svd", "output": {"balance": True}},
+    ),
     "ties": ("ties", (1536, 1536), (16,) * 8, {}),
-    "ties to an energy": ("ties", (1024, 1024), (16,) * 4, {"rank": {"energy": 0.99}}),
+    "ties to an energy": ("ties", (1024, 1024), (16,) * 4, {"output": {"rank": {"energy": 0.99}}}),
+    "ties to a budget": (
+        "ties",
+        (1024, 1024),
+        (16,) * 4,
+        {"output": {"rank": {"budget": "1MB"}, "uniform_rank": False}},
+    ),
     "drm": ("drm", (4096, 1024), (16,) * 8, {}),
     "core_ties": ("core_ties", (4096, 1024), (16,) * 8, {}),
     "robustmerge": ("robustmerge", (4096, 2048), (16,) * 8, {}),
+    "robustmerge, canonical": ("robustmerge", (4096, 2048), (64,) * 4, {"canonical": "svd"}),
 }
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("case", BOUNDED)
 def test_a_merge_holds_no_more_than_its_plan_says(tmp_path, case) -> None:
-    method, shape, ranks, output = BOUNDED[case]
+    method, shape, ranks, keys = BOUNDED[case]
     paths = [
         write_tiny_adapter(tmp_path / f"in{seed}", {"layers.0.q": shape}, rank=rank, seed=seed)
         for seed, rank in enumerate(ranks)
     ]
     warm = recipe_of([write_tiny_adapter(tmp_path / "warm", {"layers.0.q": (64, 64)}, rank=4)] * 2, method)
-    recipe = recipe_of(paths, method, output=output)
+    recipe = recipe_of(paths, method, **keys)
     held = int(run(MEMORY, (warm, recipe, str(tmp_path / "out")), **RETURNING))
     # A little beside the module: thread stacks, the report, buffers of the numerical libraries.
     assert held < plan(recipe).peak_bytes + 8e6

@@ -12,6 +12,7 @@ from mergekit_lowrank.lowrank import (
     DenseUpdate,
     LowRankUpdate,
     Spectrum,
+    canonical,
     concatenate,
     densify,
     distance,
@@ -235,6 +236,61 @@ def test_rank_for_is_unknown_where_an_incomplete_spectrum_does_not_reach_the_sha
     assert spectrum(2.0, energy=8.0, complete=False).rank_for(0.5) == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "rank"), [(0.999, 1), (0.6, 1), (0.59, 2), (0.2, 2), (0.19, 3), (1e-8, 3), (1e-300, 3)]
+)
+def test_rank_within_is_the_least_rank_whose_error_is_no_larger_even_exactly(error: float, rank: int) -> None:
+    # The squares are 16, 8 and 1 of 25: cuts at 1, 2 and 3 leave 9/25, 1/25 and nothing.
+    assert spectrum(4.0, 8**0.5, 1.0).rank_within(error) == rank
+
+
+@pytest.mark.parametrize(("error", "rank"), [(1e-2, 1), (1e-5, 2), (1e-8, 3), (1e-11, 4)])
+def test_rank_within_resolves_errors_far_below_the_rounding_of_an_energy(error: float, rank: int) -> None:
+    assert spectrum(1.0, 1e-3, 1e-6, 1e-9).rank_within(error) == rank
+
+
+def test_rank_within_asks_for_no_direction_at_the_level_of_rounding() -> None:
+    update = random_update(64, 48, 5)
+    doubled = spectrum_of(concatenate([update, update], [0.5, 0.5]))
+    assert doubled.resolved == 5
+    assert doubled.rank_within(1e-30) == 5
+    assert doubled.rank_for(1.0) == 5
+
+
+def test_rank_within_is_zero_for_a_zero_update() -> None:
+    assert spectrum(0.0, 0.0).rank_within(0.5) == 0
+
+
+def test_rank_within_is_unknown_where_a_partial_spectrum_cannot_tell() -> None:
+    partial = spectrum(2.0, 1.0, energy=6.0, complete=False)
+    assert partial.rank_within(0.5) == 2  # 1 of 6 is left: an error of 0.41
+    assert partial.rank_within(0.4) is None
+    whole = spectrum(2.0, 1.0, energy=5.0, complete=False)
+    assert whole.rank_within(0.5) == 1
+    assert whole.rank_within(1e-4) is None  # a difference of energies is not as good as that
+    assert whole.rank_for(1 - 1e-9) is None
+
+
+def test_the_error_of_a_rank_is_the_root_of_the_energy_left_out() -> None:
+    found = spectrum(4.0, 8**0.5, 1.0)
+    assert [found.error(rank) for rank in range(5)] == pytest.approx([1, 0.6, 0.2, 0, 0])
+    assert spectrum(1.0, 1e-10).error(1) == pytest.approx(1e-10)
+    assert spectrum(0.0).error(0) == 0.0
+    assert spectrum(2.0, energy=8.0, complete=False).error(1) == pytest.approx(0.5**0.5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3), seed=st.integers(0, 999), error=st.floats(1e-12, 0.999)
+)
+def test_the_rank_within_an_error_has_it_and_one_less_has_not(ranks: list[int], seed: int, error: float) -> None:
+    found = spectrum_of(stack(9, 8, ranks, seed))
+    rank = found.rank_within(error)
+    assert rank is not None
+    assert found.error(rank) <= error * (1 + 1e-9) + 1e-13  # what rounding leaves of a whole update
+    assert rank == 1 or found.error(rank - 1) > error
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3), seed=st.integers(0, 999), share=st.floats(0.05, 0.999)
@@ -252,3 +308,68 @@ def test_the_error_of_a_cut_agrees_with_the_energy_it_kept() -> None:
     cut = factorise(update, 3, generator()).cut(3)
     lost = distance(cut, [update], [1.0]) ** 2 / norm(update) ** 2
     assert spectrum_of(update).kept(3) == pytest.approx(1 - lost, rel=1e-10)
+
+
+def gauged(update: LowRankUpdate, seed: int) -> LowRankUpdate:
+    """The same update as (b·G, G⁻¹·a), G a random invertible matrix."""
+    source = torch.Generator().manual_seed(seed)
+    gauge = torch.eye(update.rank, dtype=torch.float64) + 0.3 * torch.randn(
+        update.rank, update.rank, generator=source, dtype=torch.float64
+    )
+    return LowRankUpdate(update.b @ gauge, torch.linalg.solve(gauge, update.a), update.scaling)
+
+
+def test_a_balanced_cut_splits_the_singular_values_evenly() -> None:
+    update = LowRankUpdate(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    cut = factorise(update, 1, generator()).balanced(1)
+    torch.testing.assert_close(cut.b, torch.tensor([[2.0], [0.0]]))
+    torch.testing.assert_close(cut.a, torch.tensor([[0.0, 2.0, 0.0]]))
+
+
+def test_canonical_factors_of_a_hand_made_update() -> None:
+    update = LowRankUpdate(torch.tensor([[0.0], [-8.0]]), torch.tensor([[3.0, 4.0, 0.0]]), scaling=0.1)
+    found = canonical(update)  # ΔW = 4 · (0, −1) ⊗ (0.6, 0.8, 0), and the sign goes to the right
+    torch.testing.assert_close(found.b, torch.tensor([[0.0], [2.0]]))
+    torch.testing.assert_close(found.a, torch.tensor([[-1.2, -1.6, 0.0]]))
+    assert found.scaling == 1.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d_out=st.integers(1, 9),
+    d_in=st.integers(1, 9),
+    rank=st.integers(1, 11),
+    scaling=st.sampled_from([0.5, 2.0, -1.0]),
+    seed=st.integers(0, 999),
+)
+def test_canonical_keeps_update_and_rank_and_balances_the_factors(
+    d_out: int, d_in: int, rank: int, scaling: float, seed: int
+) -> None:
+    update = random_update(d_out, d_in, rank, seed, scaling=scaling, dtype=torch.float64)
+    found = canonical(update)
+    assert found.rank == rank
+    torch.testing.assert_close(densify(found), densify(update), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.b.T @ found.b, found.a @ found.a.T, rtol=1e-9, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rank=st.integers(1, 5), seed=st.integers(0, 999))
+def test_canonical_factors_do_not_depend_on_the_gauge(rank: int, seed: int) -> None:
+    update = random_update(9, 8, rank, seed, scaling=0.5, dtype=torch.float64)
+    first, second = canonical(update), canonical(gauged(update, seed))
+    torch.testing.assert_close(second.b, first.b, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(second.a, first.a, rtol=1e-6, atol=1e-8)
+
+
+def test_canonical_factors_of_a_rank_deficient_update_end_in_zeros() -> None:
+    update = random_update(9, 8, 2)
+    doubled = canonical(LowRankUpdate(torch.cat([update.b, update.b], dim=1), torch.cat([update.a, update.a])))
+    assert doubled.rank == 4
+    assert torch.count_nonzero(doubled.b[:, 2:]) == 0
+    assert torch.count_nonzero(doubled.a[2:]) == 0
+
+
+def test_canonical_takes_a_zero_update_and_one_of_rank_zero() -> None:
+    zero = canonical(LowRankUpdate(torch.zeros(5, 2), torch.randn(2, 4)))
+    assert torch.count_nonzero(zero.b) == torch.count_nonzero(zero.a) == 0
+    assert canonical(LowRankUpdate(torch.zeros(5, 0), torch.zeros(0, 4))).rank == 0

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, densify, distance, norm
-from mergekit_lowrank.policies import EnergyRank, FixedRank
+from mergekit_lowrank.policies import VLLM_RANKS, BudgetRank, EnergyRank, ErrorRank, FixedRank, snapped
 from mergekit_lowrank.strategies import keyed_generator
 from mergekit_lowrank.testing import random_update
 
@@ -48,9 +48,10 @@ def test_a_fixed_rank_above_what_exists_gives_what_exists() -> None:
     assert compressed.kept_energy == 1.0
 
 
-def test_a_fixed_rank_is_known_from_headers_and_an_energy_is_not() -> None:
+def test_a_fixed_rank_is_known_from_headers_and_others_are_not() -> None:
     assert FixedRank(7).planned == 7
-    assert EnergyRank(0.9, 8).planned is None
+    for policy in (EnergyRank(0.9, 8), ErrorRank(0.1, 8), BudgetRank(8, 2)):
+        assert policy.planned is None
 
 
 @settings(deadline=None, max_examples=30)
@@ -100,3 +101,70 @@ def test_the_same_generator_gives_the_same_cut_of_a_large_dense_update() -> None
     first, second = (FixedRank(4).compress(DenseUpdate(delta), generator()).update for _ in range(2))
     assert torch.equal(first.b, second.b)
     assert torch.equal(first.a, second.a)
+
+
+@pytest.mark.parametrize(("bound", "rank"), [(0.99, 1), (0.6, 1), (0.59, 2), (0.2, 2), (0.19, 3), (1e-9, 3)])
+@pytest.mark.parametrize("dense", [False, True], ids=["low-rank", "dense"])
+def test_an_error_keeps_the_least_rank_within_it_even_exactly(bound: float, rank: int, dense: bool) -> None:
+    # The squares are 16, 8 and 1 of 25: cuts at 1 and 2 leave the errors 0.6 and 0.2.
+    update = diagonal(4.0, 8**0.5, 1.0)
+    compressed = ErrorRank(bound, 3).compress(DenseUpdate(densify(update)) if dense else update, generator())
+    assert compressed.update.rank == rank
+    assert compressed.error <= bound * (1 + 1e-9)
+
+
+def test_the_error_reported_is_that_of_the_cut() -> None:
+    update = random_update(9, 8, 6, dtype=torch.float64)
+    compressed = ErrorRank(0.3, 8).compress(update, generator())
+    assert 1 < compressed.update.rank < 6
+    assert compressed.error == pytest.approx(distance(compressed.update, [update], [1.0]) / norm(update), rel=1e-9)
+
+
+def test_an_error_below_rounding_keeps_what_is_there_and_no_more() -> None:
+    update = random_update(9, 8, 2)
+    doubled = LowRankUpdate(torch.cat([update.b, update.b], dim=1), torch.cat([update.a, update.a]))
+    assert ErrorRank(1e-12, 8).compress(doubled, generator()).update.rank == 2
+
+
+def test_a_small_error_of_a_large_dense_update_is_found_by_decomposing_it_whole() -> None:
+    source = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(800, 12, generator=source))
+    v, _ = torch.linalg.qr(torch.randn(770, 12, generator=source))
+    values = torch.logspace(0, -4, 12)
+    compressed = ErrorRank(5e-4, 770, first_guess=4).compress(DenseUpdate((u * values) @ v.T), generator())
+    assert compressed.spectrum.complete
+    assert compressed.update.rank == 10  # 10 values are above 5e-4, of which the tenth is 5.3e-4
+
+
+@pytest.mark.parametrize("policy", [EnergyRank(0.9, 6, accepted=(1, 4, 8)), ErrorRank(0.3, 6, accepted=(1, 4, 8))])
+def test_directions_up_to_the_next_accepted_rank_are_used(policy: EnergyRank | ErrorRank) -> None:
+    # Two directions hold 25/29 of the energy and three 29/29, so three are asked for.
+    assert policy.compress(diagonal(4.0, 3.0, 2.0, 0.1, 0.1, 0.1), generator()).update.rank == 4
+
+
+def test_a_rank_above_every_accepted_one_is_what_it_is() -> None:
+    assert EnergyRank(1.0, 4, accepted=(1, 2)).compress(diagonal(4.0, 3.0, 2.0), generator()).update.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "accepted", "expected"),
+    [
+        *((rank, VLLM_RANKS, up) for rank, up in ((1, 1), (2, 8), (8, 8), (257, 320), (512, 512), (513, None))),
+        *((rank, (4, 6), up) for rank, up in ((1, 4), (5, 6), (7, None))),
+        (513, (), 513),
+    ],
+)
+def test_a_rank_snaps_to_the_next_accepted_one(rank: int, accepted: tuple[int, ...], expected: int | None) -> None:
+    assert snapped(rank, accepted) == expected
+
+
+def test_a_budget_buys_from_all_of_a_low_rank_update_and_the_depth_of_a_dense_one() -> None:
+    update = random_update(9, 8, 6)
+    low = BudgetRank(8, 2).compress(update, generator())
+    assert low.update is update
+    assert low.spectrum.complete
+    large = DenseUpdate(densify(random_update(800, 790, 40)))
+    assert BudgetRank(790, 4).compress(large, generator()).update.rank == 4
+    assert BudgetRank(790, 4).to_depth(8).compress(large, generator()).update.rank == 8
+    assert BudgetRank(790, 4).to_depth(3) == BudgetRank(790, 4)
+    assert BudgetRank(3, 4).compress(DenseUpdate(torch.eye(3)), generator()).update.rank == 3

@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.recipe import (
+    Budget,
     Energy,
+    ErrorBound,
     Filtered,
     ModelEntry,
     Output,
@@ -42,7 +44,8 @@ def test_defaults() -> None:
     recipe = parse_recipe(minimal())
     assert recipe == Recipe(merge_method="linear", models=(ModelEntry(model="a"),))
     assert (recipe.parameters, recipe.space, recipe.scale, recipe.rules) == ({}, None, 1.0, ())
-    assert recipe.output == Output(rank="max", uniform_rank=True)
+    assert recipe.output == Output(rank=None, uniform_rank=True, snap=None, balance=False)
+    assert recipe.canonical is None
     assert (recipe.dtype, recipe.out_dtype, recipe.missing, recipe.base_model, recipe.seed) == (
         "float32", None, "zero", None, 0,
     )  # fmt: skip
@@ -69,10 +72,44 @@ def test_a_scale_is_a_number_auto_or_a_retention(scale: object, expected: object
 
 
 @pytest.mark.parametrize(
-    ("rank", "expected"), [("max", "max"), ("sum", "sum"), (1, 1), ({"energy": 1}, Energy(energy=1.0))]
+    ("rank", "expected"),
+    [
+        ("max", "max"),
+        ("sum", "sum"),
+        (1, 1),
+        ({"energy": 1}, Energy(energy=1.0)),
+        ({"error": 1e-8}, ErrorBound(error=1e-8)),
+        (None, None),
+    ],
 )
-def test_a_rank_is_a_word_a_number_or_an_energy(rank: object, expected: object) -> None:
+def test_a_rank_is_a_word_a_number_an_energy_or_an_error(rank: object, expected: object) -> None:
     assert parse_recipe(minimal(output={"rank": rank})).output.rank == expected
+
+
+@pytest.mark.parametrize(("size", "count"), [("80MB", 80_000_000), ("1.5 KiB", 1536), (4096, 4096), ("4096", 4096)])
+def test_a_budget_is_a_number_of_bytes_with_or_without_a_unit(size: object, count: int) -> None:
+    rank = parse_recipe(minimal(output={"rank": {"budget": size}, "uniform_rank": False})).output.rank
+    assert isinstance(rank, Budget)
+    assert rank.bytes == count
+
+
+@pytest.mark.parametrize(("snap", "expected"), [("vllm", "vllm"), ([8, 16], (8, 16)), ([1], (1,)), (None, None)])
+def test_ranks_snap_to_those_of_vllm_or_a_list(snap: object, expected: object) -> None:
+    assert parse_recipe(minimal(output={"snap": snap})).output.snap == expected
+
+
+def test_a_size_that_is_none_is_told_with_its_place() -> None:
+    text = "merge_method: linear\nmodels: [{model: a}]\noutput:\n  uniform_rank: false\n  rank: {budget: 80 megs}\n"
+    with pytest.raises(
+        RecipeError, match=r"^r\.yaml:5:9: output\.rank: expected .*\{budget: SIZE\} with a size such as"
+    ):
+        parse_recipe(text, name="r.yaml")
+
+
+def test_a_budget_in_one_rank_for_all_is_refused_with_its_place() -> None:
+    text = "merge_method: linear\nmodels: [{model: a}]\noutput:\n  rank: {budget: 80MB}\n"
+    with pytest.raises(RecipeError, match=r"^r\.yaml:4:9: output\.rank: a budget gives .*; add uniform_rank: false"):
+        parse_recipe(text, name="r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -129,10 +166,31 @@ def test_a_rank_is_a_word_a_number_or_an_energy(rank: object, expected: object) 
         ({"scale": {"retention": 0}}, "scale: expected .*, found {'retention': 0}"),
         ({"scale": {"retention": 11}}, "scale: expected .*, found {'retention': 11}"),
         ({"scale": float("inf")}, "scale: expected .*, found inf"),
-        ({"output": {"rank": 0}}, "output.rank: expected 'max', 'sum', a whole number of at least 1, or {energy: e} with"),
+        ({"output": {"rank": 0}}, "output.rank: expected 'max', 'sum', a whole number of at least 1, {energy: e} with"),
         ({"output": {"rank": 8.0}}, "output.rank: expected .*, found 8.0"),
         ({"output": {"rank": "mx"}}, r"output.rank: .* \(did you mean 'max'\?\), found 'mx'"),
         ({"output": {"rank": {"energy": 1.5}}}, "output.rank: expected .*, found {'energy': 1.5}"),
+        ({"output": {"rank": {"error": 0}}}, "output.rank: expected .*{error: e} with 0 < e < 1.*, found {'error': 0}"),
+        ({"output": {"rank": {"error": 1}}}, "output.rank: expected .*, found {'error': 1}"),
+        ({"output": {"rank": {"error": -0.1}}}, "output.rank: expected .*, found {'error': -0.1}"),
+        ({"output": {"rank": {"budget": 0}, "uniform_rank": False}}, "output.rank: expected .*, found {'budget': 0}"),
+        ({"output": {"rank": {"budget": -1}, "uniform_rank": False}}, "output.rank: expected .*, found {'budget': -1}"),
+        ({"output": {"rank": {"budget": True}, "uniform_rank": False}}, "output.rank: expected .*, found {'budget': True}"),
+        ({"output": {"rank": {"energy": 0.9, "error": 0.1}}}, "output.rank: expected .*, found {'energy': 0.9, 'error': 0.1}"),
+        ({"output": {"rank": {"budget": "8MB"}}}, "output.rank: a budget gives every module a rank of its own; add uniform_rank"),
+        ({"rules": [{"match": "q", "rank": {"budget": "8MB"}}]}, r"rules\[0\].rank: expected .* \(a budget is for all modules"),
+        (
+            {"output": {"rank": {"budget": "8MB"}, "uniform_rank": False}, "rules": [{"match": "q", "rank": {"error": 0.1}}]},
+            r"rules\[0\].rank: beside a budget the rank of a rule must be known beforehand: max, sum or a number",
+        ),
+        ({"output": {"snap": "vlm"}}, r"output.snap: expected 'vllm', or a list .* \(did you mean 'vllm'\?\), found 'vlm'"),
+        ({"output": {"snap": []}}, r"output.snap: expected 'vllm', or a list of whole numbers of at least 1, found \[\]"),
+        ({"output": {"snap": [0, 8]}}, r"output.snap: expected .*, found \[0, 8\]"),
+        ({"output": {"snap": 8}}, "output.snap: expected .*, found 8"),
+        ({"output": {"snap": [8, 16, 16]}}, r"output.snap\[2\]: expected ranks in ascending order, so one above 16, found 16"),
+        ({"output": {"balance": 1}}, "output.balance: expected true or false, found 1"),
+        ({"canonical": "SVD"}, "canonical: expected 'svd', found 'SVD'"),
+        ({"canonical": True}, "canonical: expected 'svd', found true"),
         ({"output": {"uniform_rank": 1}}, "output.uniform_rank: expected true or false, found 1"),
         ({"output": 8}, "output: expected a mapping, found 8"),
         ({"dtype": "bfloat16"}, "dtype: expected 'float32' or 'float64', the type computed in; .* 'out_dtype: bfloat16', found"),
@@ -216,7 +274,20 @@ graded = scalar | st.lists(number, min_size=1, max_size=3)
 filters = st.lists(st.fixed_dictionaries({"filter": text.map("a{}".format), "value": graded}), min_size=1, max_size=3)
 parameters = st.dictionaries(text.map("p{}".format), graded | filters, max_size=3)
 scale = number | st.just("auto") | st.builds(dict, retention=st.floats(0.001, 10))
-rank = st.sampled_from(["max", "sum"]) | st.integers(min_value=1) | st.builds(dict, energy=st.floats(0.001, 1))
+rank = (
+    st.sampled_from(["max", "sum"])
+    | st.integers(min_value=1)
+    | st.builds(dict, energy=st.floats(0.001, 1))
+    | st.builds(dict, error=st.floats(0, 1, exclude_min=True, exclude_max=True))
+)
+snap = st.just("vllm") | st.lists(st.integers(min_value=1), min_size=1, max_size=3, unique=True).map(sorted)
+form = {"snap": snap, "balance": st.booleans()}
+output = st.fixed_dictionaries(
+    {"rank": rank}, optional={"uniform_rank": st.booleans(), **form}
+) | st.fixed_dictionaries(
+    {"rank": st.builds(dict, budget=st.just("1.5GiB") | st.integers(1, 2**40)), "uniform_rank": st.just(False)},
+    optional=form,
+)
 rule = st.fixed_dictionaries(
     {"match": text.map("a{}".format), "rank": rank},
     optional={"parameters": parameters, "scale": scale, "space": text, "merge_method": text.map("m{}".format)},
@@ -232,7 +303,8 @@ recipes = st.fixed_dictionaries(
         "parameters": parameters,
         "space": text,
         "scale": scale,
-        "output": st.fixed_dictionaries({"rank": rank}, optional={"uniform_rank": st.booleans()}),
+        "canonical": st.just("svd"),
+        "output": output,
         "dtype": st.sampled_from(["float32", "float64"]),
         "out_dtype": st.sampled_from(["float32", "float16", "bfloat16", "float64"]),
         "missing": st.sampled_from(["zero", "present", "error"]),
@@ -243,7 +315,12 @@ recipes = st.fixed_dictionaries(
 )
 
 
-@given(recipes)
+def is_consistent(data: dict[str, Any]) -> bool:
+    ranks = [rule["rank"] for rule in data.get("rules", ())]
+    return "budget" not in str(data.get("output")) or not any(isinstance(rank, dict) for rank in ranks)
+
+
+@given(recipes.filter(is_consistent))
 def test_written_yaml_parses_to_the_same_recipe(data: dict[str, Any]) -> None:
     recipe = parse_recipe(data)
     assert parse_recipe(recipe.to_yaml()) == recipe
@@ -253,7 +330,7 @@ def test_written_yaml_holds_the_defaults_in_the_usual_order() -> None:
     recipe = parse_recipe({"models": [{"parameters": {"weight": [0, 1]}, "model": "a"}], "merge_method": "ties"})
     assert recipe.to_yaml() == (
         "merge_method: ties\nmodels:\n- model: a\n  parameters:\n    weight: [0.0, 1.0]\nscale: 1.0\n"
-        "output: {rank: max, uniform_rank: true}\ndtype: float32\nmissing: zero\nseed: 0\n"
+        "output: {uniform_rank: true, balance: false}\ndtype: float32\nmissing: zero\nseed: 0\n"
     )
 
 

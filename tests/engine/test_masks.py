@@ -1,0 +1,37 @@
+"""Random masks belong to an input, wherever it stands in the recipe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mergekit_lowrank import merge
+from tests.engine.makers import adapters, recipe_of
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_models_in_another_order_give_equal_values(tmp_path, method, executor) -> None:
+    paths = adapters(tmp_path, 3)
+    keys = {"output": {"rank": "sum"}, "space": "core"} if method == "dare_ties" else {"output": {"rank": "sum"}}
+    first = merge(recipe_of(paths, method, **keys), executor="serial")
+    second = merge(recipe_of(paths[::-1], method, **keys), executor=executor)
+    for name, b in first.state_dict.items():
+        if "lora_B" in name:
+            a = name.replace("lora_B", "lora_A")
+            torch.testing.assert_close(
+                second.state_dict[name] @ second.state_dict[a], b @ first.state_dict[a], rtol=1e-4, atol=1e-4
+            )
+
+
+def test_another_seed_gives_other_masks(tmp_path) -> None:
+    paths = adapters(tmp_path)
+    first, second = (merge(recipe_of(paths, "dare_linear", seed=seed)) for seed in (0, 1))
+    assert any(not torch.equal(b, second.state_dict[name]) for name, b in first.state_dict.items())
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_methods_for_two_models_say_how_many_were_given(tmp_path, method, count) -> None:
+    with pytest.raises(Exception, match=f"'{method}' merges exactly 2 models, and the recipe gives {count}"):
+        merge(recipe_of(adapters(tmp_path, count), method))
