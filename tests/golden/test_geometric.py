@@ -57,7 +57,9 @@ def inputs(reference: Golden, module: str) -> list[LowRankUpdate]:
 
 def merged(reference: Golden, module: str) -> Tensor:
     updates = inputs(reference, module)
-    found = densify(merge_updates(strategy(reference), DeltaSpace(SpaceParams()), updates, reference.variant["weights"]))
+    found = densify(
+        merge_updates(strategy(reference), DeltaSpace(SpaceParams()), updates, reference.variant["weights"])
+    )
     return found + reference.tensors[f"base.{module}"] if has_base(reference) else found
 
 
