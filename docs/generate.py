@@ -8,6 +8,7 @@ A page holds ``<!-- generated: NAME ARGUMENT -->`` … ``<!-- end -->``; what st
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
 import re
@@ -16,7 +17,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -28,8 +31,12 @@ from mergekit_lowrank import Registry
 from mergekit_lowrank.engine import ModuleRecord
 from mergekit_lowrank.recipe import Energy, Filtered, ModelEntry, Output, Recipe, Retention, Rule
 from mergekit_lowrank.report.results import InputSummary, Report, Totals
+from mergekit_lowrank.spaces import ModuleShape, Space
+from mergekit_lowrank.strategies import Preset, Strategy
 
 DOCS = Path(__file__).resolve().parent
+STRATEGIES = DOCS / "reference" / "strategies"
+PLUGINS = DOCS.parent / "plugins"
 CONSOLE = re.compile(
     r"(<!-- checked output -->\n```console\n\$ mergekit-lowrank (?P<line>.+)\n)(?P<output>(?:.*\n)*?)(```\n)"
 )
@@ -41,6 +48,9 @@ BLOCK = re.compile(r"(<!-- generated: (?P<call>[\w -]+?) -->\n).*?(<!-- end -->)
 RECIPE_PARTS = {model.__name__: model for model in (Recipe, ModelEntry, Output, Rule, Filtered, Retention, Energy)}
 REPORT_PARTS = {model.__name__: model for model in (Report, Totals, InputSummary)}
 INT64_MAX = 2**63 - 1
+SIDE, RANK, ADAPTERS = 4096, 16, 8
+"""The module whose memory the table of methods states: rows and columns, and how many adapters of which rank."""
+YES = {True: "yes", False: "no"}
 TOLD_HERE = {
     "schema_version": "of this file",
     "method": "the recipe's",
@@ -132,9 +142,27 @@ def recipe_keys(part: str) -> str:
     )
 
 
+@cache
+def registry() -> Registry:
+    """The built-ins and this repository's plugins, from their sources: the same whether they are installed or not."""
+    found = Registry()
+    for project in sorted(PLUGINS.glob("*/pyproject.toml")):
+        found.register(_module_of(project.parent), project.parent.name, distribution=project.parent.name)
+    return found
+
+
+def _module_of(distribution: Path) -> ModuleType:
+    """The module that a plugin's entry point names: that of the distribution, with underscores."""
+    sys.path.insert(0, str(distribution))
+    try:
+        return importlib.import_module(distribution.name.replace("-", "_"))
+    finally:
+        sys.path.remove(str(distribution))
+
+
 def parameters(method: str) -> str:
     """The parameters of a strategy or preset, with the defaults that the preset sets."""
-    preset = Registry().method(method)
+    preset = registry().method(method)
     return parameter_table(preset.strategy.Params, preset.parameters)
 
 
@@ -155,37 +183,149 @@ def parameter_table(model: type[BaseModel], fixed: Mapping[str, Any]) -> str:
     return table(("parameter", "values", "default", "meaning"), rows)
 
 
-def strategies() -> str:
-    """Every built-in method: what it is, where it works."""
+def methods(distribution: str) -> str:
+    """What each method of a distribution does, where it works and where it comes from."""
     return table(
-        ("`merge_method`", "what it does", "spaces (default first)", "source"),
+        ("method", "what it does", "spaces (default first)", "source"),
         (
-            (f"`{name}`", preset.summary, _spaces_of(preset), preset.paper)
-            for name, preset in Registry().methods.items()
+            (_linked(name), preset.summary, _spaces_of(preset), preset.paper)
+            for name, preset in registry().methods.items()
+            if registry().owner("strategies", name) == distribution
         ),
     )
 
 
-def presets() -> str:
-    """Every preset and what it stands for."""
+def plugin_methods() -> str:
+    """What each of this repository's plugins adds."""
+    names = [record.distribution for record in registry().plugins[1:]]
+    return "\n\n".join(f"### {name}\n\n{methods(name)}" for name in names)
+
+
+def method_parameters() -> str:
+    """The defaults of every method; of a preset what it sets."""
+    return table(
+        ("method", "parameters and their defaults"),
+        ((f"`{preset.name}`", _defaults(preset) or "-") for preset in registry().methods.values()),
+    )
+
+
+def method_properties() -> str:
+    """What every method asks for and promises."""
+    return table(
+        ("method", "models", "one model comes back", "order-free", "random", "`output.rank`", "memory"),
+        (
+            (
+                f"`{preset.name}`",
+                _models(preset.strategy),
+                _identity(preset),
+                YES[preset.strategy.is_order_free],
+                YES[preset.strategy.is_random],
+                f"`{preset.default_rank}`",
+                _memory(preset),
+            )
+            for preset in registry().methods.values()
+        ),
+    )
+
+
+def strategy_pages() -> str:
+    """A list of links to the pages of methods, each called as its heading calls it."""
+    names: dict[Path, list[str]] = {}
+    for name, page in pages_of_methods().items():
+        names.setdefault(page, []).append(name)
+    return "\n".join(
+        f"* [{', '.join(own)}]({page.relative_to(DOCS).as_posix()})" for page, own in sorted(names.items())
+    )
+
+
+@cache
+def pages_of_methods() -> dict[str, Path]:
+    """The page of each method that has one: its title names it."""
+    titles = {page: page.read_text(encoding="utf-8").partition("\n")[0] for page in sorted(STRATEGIES.glob("*.md"))}
+    named = {name: page for page, title in titles.items() for name in re.findall(r"`(\w+)`", title)}
+    return {name: named[name] for name in registry().methods if name in named}
+
+
+def _linked(method: str) -> str:
+    page = pages_of_methods().get(method)
+    return f"[`{method}`]({page.name})" if page else f"`{method}`"
+
+
+def _is_preset(preset: Preset) -> bool:
+    return preset.name != preset.strategy.name
+
+
+def _defaults(preset: Preset) -> str:
+    if _is_preset(preset):
+        fixed = {"space": preset.space} if preset.space else {}
+        return f"`{preset.strategy.name}` with " + _listed({**fixed, **preset.parameters})
+    own = {name: field.default for name, field in preset.strategy.Params.model_fields.items()}
+    return _listed({**own, **preset.strategy.space_defaults})
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}: {_plain(value)}`" for name, value in values.items())
+
+
+def _strategy(preset: Preset, **parameters: Any) -> Strategy:
+    """The strategy of a preset, with its defaults but for these parameters."""
+    fields = preset.strategy.Params.model_fields
+    chosen = {name: value for name, value in {**preset.parameters, **parameters}.items() if name in fields}
+    return preset.strategy(preset.strategy.Params(**chosen))
+
+
+def _models(strategy: type[Strategy]) -> str:
+    least, most = strategy.min_inputs, strategy.max_inputs
+    if most is None:
+        return f"{least} or more"
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _identity(preset: Preset) -> str:
+    """Whether one input at weight 1 comes back: always, at density 1, or not."""
+    if preset.strategy.min_inputs > 1:
+        return "-"
+    if _strategy(preset).returns_single_input():
+        return "yes"
+    has_density = "density" in preset.strategy.Params.model_fields
+    return "`density: 1`" if has_density and _strategy(preset, density=1.0).returns_single_input() else "no"
+
+
+def _memory(preset: Preset) -> str:
+    """What the method holds in its default space for the example module, in float32."""
+    adapters = min(ADAPTERS, preset.strategy.max_inputs or ADAPTERS)
+    entries = _strategy(preset).working_entries(ModuleShape(SIDE, SIDE, (RANK,) * adapters), _space(preset))
+    return f"{entries * 4 / 2**20:.0f} MiB"
+
+
+def _space(preset: Preset) -> Space:
+    """The default space of a method, with what the method changes."""
+    space = registry().space(registry().spaces_of(preset)[0])
+    changed = {**preset.strategy.space_defaults, **preset.parameters}
+    return space(space.Params(**{name: value for name, value in changed.items() if name in space.Params.model_fields}))
+
+
+def presets(*strategies: str) -> str:
+    """Every preset, or those of some strategies, and what it stands for."""
     rows = []
-    for name, preset in Registry().methods.items():
-        if name != preset.strategy.name:
-            fixed = ", ".join(f"`{key}: {_plain(value)}`" for key, value in preset.parameters.items())
+    for name, preset in registry().methods.items():
+        if _is_preset(preset) and (not strategies or preset.strategy.name in strategies):
+            fixed = _listed(preset.parameters)
             space = f"`space: {preset.space}` (fixed)" if preset.space else ""
-            rows.append((f"`{name}`", f"`{preset.strategy.name}`", "; ".join(filter(None, (space, fixed)))))
+            rank = f"`output.rank: {preset.rank}`" if preset.rank else ""
+            rows.append((f"`{name}`", f"`{preset.strategy.name}`", "; ".join(filter(None, (space, fixed, rank)))))
     return table(("preset", "method", "sets"), rows)
 
 
 def properties(method: str) -> str:
     """What the class of a method declares."""
-    registry = Registry()
-    strategy = registry.method(method).strategy
-    yes = {True: "yes", False: "no"}
+    preset = registry().method(method)
     rows = [
-        ("spaces (default first)", ", ".join(f"`{space}`" for space in registry.spaces_of(registry.method(method)))),
-        ("draws random numbers", yes[strategy.is_random]),
-        ("permuted inputs give the same result, to rounding", yes[strategy.is_order_free]),
+        ("spaces (default first)", _spaces_of(preset)),
+        ("models", _models(preset.strategy)),
+        ("one model at weight 1 comes back", _identity(preset)),
+        ("draws random numbers", YES[preset.strategy.is_random]),
+        ("permuted inputs give the same result, to rounding", YES[preset.strategy.is_order_free]),
     ]
     return table(("property", "value"), rows)
 
@@ -311,6 +451,8 @@ def default(schema: Mapping[str, Any], name: str) -> str:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
@@ -324,8 +466,8 @@ def _sentence(field: Any) -> str:
     return text if not text or text.endswith(".") else f"{text}."
 
 
-def _spaces_of(preset: Any) -> str:
-    return ", ".join(f"`{name}`" for name in Registry().spaces_of(preset))
+def _spaces_of(preset: Preset) -> str:
+    return ", ".join(f"`{name}`" for name in registry().spaces_of(preset))
 
 
 def attributes(cls: type) -> dict[str, str]:
@@ -339,8 +481,12 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "errors": errors,
     "executors": executors,
+    "method-parameters": method_parameters,
+    "method-properties": method_properties,
+    "methods": methods,
     "module-fields": module_fields,
     "parameters": parameters,
+    "plugin-methods": plugin_methods,
     "presets": presets,
     "properties": properties,
     "public-names": public_names,
@@ -348,7 +494,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "report-fields": report_fields,
     "space-parameters": space_parameters,
     "spaces": spaces,
-    "strategies": strategies,
+    "strategy-pages": strategy_pages,
 }
 
 if __name__ == "__main__":

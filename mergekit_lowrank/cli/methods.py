@@ -10,7 +10,7 @@ import click
 from pydantic import BaseModel
 
 from mergekit_lowrank.cli.tables import aligned, fields
-from mergekit_lowrank.registry import Registry
+from mergekit_lowrank.registry import BUILT_IN, Registry
 from mergekit_lowrank.strategies import Preset
 
 __all__ = ["parameters_of", "run_strategies"]
@@ -77,6 +77,11 @@ def _as_dict(preset: Preset, registry: Registry) -> dict[str, Any]:
         "spaces": list(registry.spaces_of(preset)),
         "parameters": parameters_of(preset, registry),
         "preset_of": _preset_of(preset),
+        "plugin": registry.owner("strategies", preset.name),
+        "min_inputs": strategy.min_inputs,
+        "max_inputs": strategy.max_inputs,
+        "default_rank": preset.default_rank,
+        "has_artefacts": strategy.has_artefacts(),
         "is_random": strategy.is_random,
         "is_order_free": strategy.is_order_free,
     }
@@ -103,10 +108,26 @@ def _facts(preset: Preset, registry: Registry) -> Iterator[tuple[str, str]]:
         yield "preset of", preset.strategy.name
     default, *others = registry.spaces_of(preset)
     yield "spaces", ", ".join([f"{default} (default)" if others else default, *others])
+    if registry.owner("strategies", preset.name) != BUILT_IN:
+        yield "plugin", registry.owner("strategies", preset.name)
+    if (count := _models(preset)) is not None:
+        yield "models", count
+    if preset.default_rank != "max":
+        yield "rank", f"output.rank is {preset.default_rank} when left out"
+    if preset.strategy.has_artefacts():
+        yield "artefacts", "writes more than the adapter: artefacts.safetensors"
     if preset.strategy.is_random:
         yield "random", "draws random numbers, from the recipe's seed"
     if not preset.strategy.is_order_free:
         yield "order", "the result depends on the order of the models"
+
+
+def _models(preset: Preset) -> str | None:
+    """How many models the method takes; None for any number."""
+    least, most = preset.strategy.min_inputs, preset.strategy.max_inputs
+    if most is None:
+        return f"at least {least}" if least > 1 else None
+    return f"exactly {least}" if least == most else f"{least} to {most}"
 
 
 def _row(parameter: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from mergekit_lowrank.strategies.base import (
     Preset,
     Strategy,
     Survey,
+    column,
     keyed_generator,
     per_input,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "Strategy",
     "Survey",
     "Ties",
+    "column",
     "keyed_generator",
     "per_input",
 ]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
-from mergekit_lowrank.lowrank import Update
+from mergekit_lowrank.lowrank import LowRankUpdate, Update
 from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Part, Space
 
 __all__ = [
@@ -67,6 +67,8 @@ class MergeContext:
         input_params: for each participant the parameters that are its own (see ``each``).
         survey: what the survey of this module's group found; None for strategies without one.
         seed: the recipe's.
+        labels: of the participants; random numbers are keyed by them, so that an input's do not depend on its place in
+            the recipe. By default their indices.
     """
 
     module: str
@@ -76,6 +78,7 @@ class MergeContext:
     input_params: tuple[Mapping[str, Any], ...] = ()
     survey: Survey | None = None
     seed: int = 0
+    labels: tuple[str, ...] = ()
 
     def each(self, params: Params, name: str) -> tuple[Any, ...]:
         """One value of the parameter ``name`` for each participant: its own where the recipe gives one."""
@@ -85,7 +88,8 @@ class MergeContext:
 
     def generator(self, position: int, *purpose: object) -> torch.Generator:
         """Random numbers for the participant at ``position``, keyed by (seed, module, input, purpose)."""
-        return keyed_generator(self.seed, self.module, self.participants[position], *purpose)
+        who = self.labels[position] if self.labels else self.participants[position]
+        return keyed_generator(self.seed, self.module, who, *purpose)
 
 
 class Survey(ABC):
@@ -123,6 +127,8 @@ class Strategy(ABC):
         min_inputs: how many models a recipe must at least give.
         max_inputs: how many at most; None for any number.
         default_rank: ``output.rank`` where the recipe gives none: ``max`` or ``sum``.
+        keeps_factors: whether the merged factors must be written as they are: the plan then refuses a smaller rank, and
+            factors that are balanced.
     """
 
     name: ClassVar[str]
@@ -136,6 +142,7 @@ class Strategy(ABC):
     min_inputs: ClassVar[int] = 1
     max_inputs: ClassVar[int | None] = None
     default_rank: ClassVar[Literal["max", "sum"]] = "max"
+    keeps_factors: ClassVar[bool] = False
 
     def __init__(self, params: BaseParams) -> None:
         self.params = params
@@ -148,6 +155,26 @@ class Strategy(ABC):
             coordinates: of the n ≥ 1 updates, in one of the spaces the class names. Not to be modified.
             context: weights, per-input parameters, random numbers, survey.
         """
+
+    def artefacts(
+        self, coordinates: Coordinates, written: LowRankUpdate, context: MergeContext
+    ) -> Mapping[str, Tensor]:
+        """More than the merged update: tensors to be stored beside it, by names that hold for every module.
+
+        They become ``artefacts.safetensors``, as ``<module>.<name>``. A method without any leaves this as it is.
+
+        Args:
+            coordinates: as ``merge`` got them.
+            written: the merged update as it is stored: scaled, cut and rounded.
+            context: as ``merge`` got it.
+        """
+        del coordinates, written, context
+        return {}
+
+    @classmethod
+    def has_artefacts(cls) -> bool:
+        """Whether the method returns more than the merged update."""
+        return cls.artefacts is not Strategy.artefacts
 
     @classmethod
     def supports(cls, space: str) -> bool:

@@ -76,11 +76,13 @@ class GramStrategy(Strategy):
         return LowRankUpdate(torch.cat([*scaled], dim=1), torch.cat([u.a for u in updates]))
 
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
-        """The concatenation with its temporaries, factors in float64, and one coefficient a row or column and input."""
+        """The concatenation with its temporaries, and two factors in float64; all of them and a block where by row."""
         coordinates = 0 if space.name == "delta" else space.working_entries(shape)  # delta's are never read
-        longest = max(shape.d_out, shape.d_in)
-        doubles = 6 * shape.joint_rank * longest + 8 * shape.inputs * longest + 4 * shape.joint_rank**2
-        return coordinates + 3 * shape.factor_entries + doubles + 8 * max(BLOCK_ENTRIES, block_entries(shape))
+        combined, longest = coordinates + 3 * shape.factor_entries, max(shape.d_out, shape.d_in)
+        if self.params.granularity == "tensor":
+            return combined + 4 * max(shape.ranks) * longest + 4 * shape.inputs**2
+        doubles = (6 * shape.joint_rank + 4 * shape.inputs) * longest + 4 * shape.joint_rank**2
+        return combined + doubles + 8 * max(BLOCK_ENTRIES, block_entries(shape))
 
 
 def factors_apart(updates: Sequence[LowRankUpdate]) -> tuple[list[LowRankUpdate], list[LowRankUpdate]]:
@@ -123,8 +125,8 @@ def row_grams(updates: Sequence[LowRankUpdate]) -> Iterator[Tensor]:
 
 
 def block_entries(shape: ModuleShape) -> int:
-    """Numbers that one row takes in ``row_grams``."""
-    return shape.joint_rank + shape.inputs**2
+    """What one row takes in ``row_grams``: R and n² numbers in float64, which count twice."""
+    return 2 * (shape.joint_rank + shape.inputs**2)
 
 
 def lengths_and_cosines(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class Sce(ElementwiseStrategy):
 
     name = "sce"
     summary = "keeps entries that differ most between inputs, weighs inputs by their energy, erases minority signs"
-    paper = "FuseChat 3.0's SCE (Wan et al. 2024, arXiv:2408.07990)"
+    paper = "SCE of FuseChat (Wan et al. 2024, arXiv:2408.07990)"
     Params = SceParams
     params: SceParams
 
@@ -60,6 +60,10 @@ class Sce(ElementwiseStrategy):
             return (agreeing * shares).sum(dim=0) / divisor.clamp(min=SMALLEST_DIVISOR)
 
         return part.merged(merge)
+
+    def returns_single_input(self) -> bool:
+        """Always: no entry differs between the inputs."""
+        return True
 
     def _threshold(self, part: Part) -> float:
         """The smallest variance that is kept; 0 where all are."""

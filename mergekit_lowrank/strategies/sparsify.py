@@ -174,12 +174,8 @@ class MagnitudeTrim(ThresholdTrim):
 class OutlierParams(SparsifierParams):
     """Parameters of ``OutlierTrim``."""
 
-    density: float = per_input(
-        0.9, ge=0, le=1, description="share of each input's entries that is kept (the paper's 1 − β − γ)"
-    )
-    gamma: float = Field(
-        0.01, ge=0, lt=1, description="share of the entries that is removed as outliers, the largest (the paper's γ)"
-    )
+    density: float = per_input(0.9, ge=0, le=1, description="share of each input's entries that is kept")
+    gamma: float = Field(0.01, ge=0, lt=1, description="share of the entries that is removed as outliers, the largest")
     scope: Scope = "tensor"
     rescale: NormRescale = "none"
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import EntryPoint
 
 import pytest
 
-from mergekit_lowrank import __version__
+from mergekit_lowrank import Registry, __version__
 from mergekit_lowrank.recipe import recipe_schema
+from tests.distributions import MEDIAN, Environment
 
 from .builders import run, succeeds
 
@@ -18,21 +18,41 @@ def described(name):
     return method, {parameter["name"]: parameter for parameter in method["parameters"]}
 
 
+CATALOGUE = set(
+    "linear task_arithmetic cat slerp nuslerp multislerp karcher model_stock ties dare_linear dare_ties della della_linear "
+    "breadcrumbs breadcrumbs_ties magnitude_prune sce consensus pcb robustmerge drm knots core_ties ctm".split()
+)
+
+
 def test_strategies_lists_every_method_with_its_default_space_first():
     printed = succeeds("strategies").splitlines()
     names = [line.split()[0] for line in printed[:-2] if not line.startswith(" ")]
     assert names == sorted(names)
     assert {"drm", "knots", "linear", "robustmerge", "ties"} <= set(names)
-    assert any(line.strip().startswith("in delta, joint, core, factors; TIES-Merging") for line in printed)
+    assert any(
+        line.strip().startswith("in delta, joint, core, tucker, factors") and "TIES-Merging" in line for line in printed
+    )
 
 
 def test_strategies_json_is_a_list_of_objects():
     methods = json.loads(succeeds("strategies", "--json"))
-    assert {method["name"] for method in methods} >= {"drm", "linear", "robustmerge", "ties"}
+    assert {method["name"] for method in methods} >= CATALOGUE
     for method in methods:
-        assert {"name", "summary", "paper", "spaces", "parameters", "preset_of", "is_random", "is_order_free"} == set(
-            method
-        )
+        assert set(method) == {
+            "name",
+            "summary",
+            "paper",
+            "spaces",
+            "parameters",
+            "preset_of",
+            "plugin",
+            "min_inputs",
+            "max_inputs",
+            "default_rank",
+            "has_artefacts",
+            "is_random",
+            "is_order_free",
+        }
         for parameter in method["parameters"]:
             assert {"name", "type", "default", "description", "belongs_to", "per_input"} <= set(parameter)
 
@@ -73,23 +93,65 @@ def test_an_unknown_strategy_is_met_with_the_nearest():
     result = run("strategies", "tis")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: unknown merge_method 'tis'; did you mean 'ties'?")
-    assert "Known: core_ties, drm," in result.stderr
+    assert f"Known: {', '.join(sorted(Registry().methods))}." in result.stderr
 
 
-def test_plugins_shows_the_built_ins():
-    printed = succeeds("plugins").splitlines()
-    assert printed[1].split()[:3] == ["mergekit-lowrank", "mergekit-lowrank", __version__]
-    assert "robustmerge" in printed[1]
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    return Environment(tmp_path, monkeypatch)
 
 
-def test_plugins_shows_what_failed_and_why_with_status_0(monkeypatch):
-    broken = EntryPoint("broken", "no_such_module", "mergekit_lowrank")
-    monkeypatch.setattr("mergekit_lowrank.registry.entry_points", lambda group: [broken])
-    monkeypatch.delenv("MERGEKIT_LOWRANK_DISABLE_PLUGINS")
-    cause = "importing no_such_module failed: ModuleNotFoundError: No module named 'no_such_module'"
-    assert f"FAILED: {cause}" in succeeds("plugins")
-    records = json.loads(succeeds("plugins", "--json"))
-    assert [record["error"] for record in records] == [None, cause]
+def test_plugins_shows_the_built_ins_in_lines_that_can_be_read(environment):
+    headline, *facts = succeeds("plugins").splitlines()
+    assert headline == f"mergekit-lowrank {__version__}"
+    assert [fact.split()[0] for fact in facts if fact[2] != " "] == ["strategies", "spaces", "formats", "executors"]
+    assert max(map(len, facts)) <= 110
+    names = " ".join(facts).replace(",", "").split()
+    assert set(Registry().methods) <= set(names)
+
+
+def test_plugins_shows_each_distribution_with_what_it_registers(environment):
+    environment.install("median-merge", MEDIAN, plugin="median")
+    assert succeeds("plugins").split("\n\n")[1] == (
+        "median-merge 1.2 (plugin 'median')\n"
+        "  strategies  median\n"
+    )  # fmt: skip
+
+
+def test_plugins_shows_what_failed_and_why_with_status_0(environment):
+    environment.install("broken", "import no_such_module")
+    cause = "importing broken failed: ModuleNotFoundError: No module named 'no_such_module'"
+    assert succeeds("plugins").split("\n\n")[1] == f"broken 1.2\n  FAILED  {cause}\n"
+    plugins = json.loads(succeeds("plugins", "--json"))["plugins"]
+    assert [record["error"] for record in plugins] == [None, cause]
+
+
+def test_plugins_shows_a_plugin_for_another_api(environment):
+    environment.install("later", "raise AssertionError", group="mergekit_lowrank.v2")
+    assert "later 1.2\n  FAILED  later 1.2 was made for plugin API 2; " in succeeds("plugins")
+
+
+def test_plugins_shows_what_is_disabled_and_what_is_no_plugin(environment, monkeypatch):
+    environment.install("median-merge", MEDIAN, plugin="median")
+    monkeypatch.setenv("MERGEKIT_LOWRANK_DISABLE_PLUGINS", "median,medain,zzz")
+    variable = "MERGEKIT_LOWRANK_DISABLE_PLUGINS"
+    assert succeeds("plugins").rstrip().split("\n\n")[1:] == [
+        f"median-merge 1.2 (plugin 'median')\n  disabled  by {variable}; it was not imported",
+        f"{variable} names 'medain', which is no installed plugin; did you mean 'median'?",
+        f"{variable} names 'zzz', which is no installed plugin.",
+    ]
+    said = json.loads(succeeds("plugins", "--json"))
+    assert said["unmatched"] == ["medain", "zzz"]
+    assert said["api_version"] == 1
+    assert [record["is_disabled"] for record in said["plugins"]] == [False, True]
+
+
+def test_a_disabled_plugin_is_named_where_its_method_is_asked_for(environment, monkeypatch):
+    environment.install("median-merge", MEDIAN, plugin="median")
+    monkeypatch.setenv("MERGEKIT_LOWRANK_DISABLE_PLUGINS", "median")
+    result = run("strategies", "median")
+    assert result.exit_code == 2
+    assert "(plugins that are disabled: 'median'; see `mergekit-lowrank plugins`)" in result.stderr
 
 
 def test_schema_is_the_schema_of_recipes():

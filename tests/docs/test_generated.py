@@ -16,6 +16,16 @@ def rewritten() -> object:
     return generator()["rewritten"]
 
 
+def test_every_method_of_this_repository_has_a_page() -> None:
+    made = generator()
+    assert set(made["registry"]().methods) - set(made["pages_of_methods"]()) == set(), "name it in the title of a page"
+
+
+def test_the_plugins_of_this_repository_are_read_from_their_sources() -> None:
+    names = {record.distribution for record in generator()["registry"]().plugins}
+    assert names == {"mergekit-lowrank", *(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))}
+
+
 @pytest.mark.parametrize("page", GENERATED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_is_up_to_date(page: Path, rewritten: object) -> None:
     assert callable(rewritten)

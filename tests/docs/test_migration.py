@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_lowrank import Adapter, merge
+from mergekit_lowrank.strategies import sparsify, stages
 from tests.docs.pages import ROOT, Block, blocks
 from tests.docs.test_yaml import read
 
 TABLE = [block for block in blocks(ROOT / "docs/how-to/migrate.md") if block.argument("equals peft")]
 WEIGHTS = (0.7, 0.4)
+TYPES = [
+    f"{kind}{suffix}" for kind in ("ties", "magnitude_prune", "dare_linear", "dare_ties") for suffix in ("", "_svd")
+]
 
 
 class Tiny(nn.Module):
@@ -46,6 +50,24 @@ def delta(tensors: dict[str, Tensor], config: dict[str, Any], module: str) -> Te
     return (b @ a) * (config["lora_alpha"] / config["r"])
 
 
+def draws(shape: torch.Size) -> Tensor:
+    """The random numbers of a test: the same for every matrix of a shape."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.fixture
+def _same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both draw the same: peft from torch.bernoulli, this package before ``drop_and_rescale``."""
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (draws(p.shape) < p).to(p))
+
+    def drop(values: Tensor, probabilities: Tensor, uniform: Tensor, *, rescale: bool) -> Tensor:
+        assert uniform.shape == values.shape
+        return stages.drop_and_rescale(values, probabilities, draws(values.shape[1:]), rescale=rescale)
+
+    monkeypatch.setattr(sparsify, "drop_and_rescale", drop)
+
+
+@pytest.mark.usefixtures("_same_draws")
 @pytest.mark.parametrize("block", TABLE, ids=[block.marker for block in TABLE])
 def test_the_recipe_gives_what_peft_gives(block: Block, model: Any) -> None:
     kind = str(block.argument("equals peft"))
@@ -64,4 +86,4 @@ def test_the_recipe_gives_what_peft_gives(block: Block, model: Any) -> None:
 
 
 def test_every_combination_type_of_peft_that_is_mapped_is_compared() -> None:
-    assert [block.argument("equals peft") for block in TABLE] == ["cat", "svd", "linear", "ties", "ties_svd"]
+    assert [block.argument("equals peft") for block in TABLE] == ["cat", "svd", "linear", *TYPES]
