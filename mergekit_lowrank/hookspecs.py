@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from mergekit_lowrank.spaces import Space
     from mergekit_lowrank.strategies import Preset, Strategy
 
-__all__ = ["ENTRY_POINT_GROUP", "HookSpecs", "hookimpl", "hookspec"]
+__all__ = ["API_VERSION", "ENTRY_POINT_GROUP", "PROJECT", "HookSpecs", "hookimpl", "hookspec"]
 
-ENTRY_POINT_GROUP = "mergekit_lowrank"
-"""The entry-point group, and the name of the pluggy project."""
+PROJECT = "mergekit_lowrank"
+"""The name of the pluggy project, the same for every version of the API."""
 
-hookspec = pluggy.HookspecMarker(ENTRY_POINT_GROUP)
-hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+API_VERSION = 1
+"""Of what plugins are written against; a change that breaks a plugin raises it."""
+
+ENTRY_POINT_GROUP = f"{PROJECT}.v{API_VERSION}"
+"""Where installed plugins are looked for. The version is part of the name, so that it is known before an import."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class HookSpecs:

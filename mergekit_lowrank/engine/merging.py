@@ -125,18 +125,21 @@ class MergedInputs:
 @contextmanager
 def blamed(module: ModulePlan) -> Iterator[None]:
     """Name strategy, plugin and module in whatever a plugin raises; what a built-in raises is a bug and stays one."""
-    group = module.group
     try:
         yield
     except MergeError as error:
-        raise type(error)(f"strategy '{group.method}' on module '{module.name}': {error}") from error
+        raise type(error)(f"{_who(module)} on module '{module.name}': {error}") from error
     except Exception as error:
-        if group.owner == BUILT_IN:
+        if module.group.owner == BUILT_IN:
             raise
-        raise StrategyError(
-            f"strategy '{group.method}' of plugin '{group.owner}' failed on module '{module.name}': "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        message = f"{_who(module)} failed on module '{module.name}': {type(error).__name__}: {error}"
+        raise StrategyError(message) from error
+
+
+def _who(module: ModulePlan) -> str:
+    """The strategy, and the plugin it came from."""
+    group = module.group
+    return f"strategy '{group.method}'" + ("" if group.owner == BUILT_IN else f" of plugin '{group.owner}'")
 
 
 def read_updates(plan: Plan, module: ModulePlan) -> list[LowRankUpdate]:
@@ -233,7 +236,7 @@ def merge_module(
 
 def _check(merged: Update, module: ModulePlan) -> None:
     expected = (module.shape.d_out, module.shape.d_in)
-    who = f"strategy '{module.group.method}' on module '{module.name}'"
+    who = f"{_who(module)} on module '{module.name}'"
     if not isinstance(merged, LowRankUpdate | DenseUpdate) or merged.shape != expected:
         found = f"shape {merged.shape}" if isinstance(merged, LowRankUpdate | DenseUpdate) else f"{merged!r}"
         raise StrategyError(f"{who} returned {found}; expected an update of shape {expected}")

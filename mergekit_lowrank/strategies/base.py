@@ -212,7 +212,7 @@ class ElementwiseStrategy(Strategy):
     threshold, say).
     """
 
-    spaces = ("delta", "joint", "core", "tucker", "factors")
+    spaces: ClassVar[tuple[str, ...]] = ("delta", "joint", "core", "tucker", "factors")
 
     @classmethod
     def supports(cls, space: str) -> bool:  # noqa: ARG003 - whatever it is

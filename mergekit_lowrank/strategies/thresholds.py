@@ -33,12 +33,17 @@ def thresholds_of(part: Part, context: MergeContext, params: Params, ranks: Rank
         ranks: which of the magnitudes are the thresholds.
     """
     densities = context.each(params, "density")
-    own = [ranks(size, density) for size, density in zip(part.sizes, densities, strict=True)]
+    own = [_ranks_among(size, density, ranks) for size, density in zip(part.sizes, densities, strict=True)]
     # Padding reads as zeros, below all that is the input's own.
     padding = [part.entries - size for size in part.sizes]
     padded = [[k + pad if k else 0 for k in ks] for ks, pad in zip(own, padding, strict=True)]
     found = [part.kth_magnitudes(ks) for ks in zip(*padded, strict=True)]
     return list(zip(*found, strict=True))
+
+
+def _ranks_among(size: int, density: float, ranks: Ranks) -> Sequence[int]:
+    """The ranks among ``size`` entries; all 0 where there are none, as in the joint space of zero updates."""
+    return ranks(size, density) if size else [0] * len(ranks(1, density))
 
 
 class ThresholdSurvey(Survey):
@@ -105,7 +110,8 @@ class ThresholdSurvey(Survey):
         counts, own = digits.counts, self._selections.get(key)
         if own is None:  # the first round counts all entries: now the ranks are known
             (first,) = digits.selections
-            own = [RadixSelection(first.dtype, k) for k in self._ranks(int(counts.sum()), digits.density)]
+            ranks = _ranks_among(int(counts.sum()), digits.density, self._ranks)
+            own = [RadixSelection(first.dtype, k) for k in ranks]
             counts = np.repeat(counts, len(own), axis=0)
         return [s if s.done else s.narrowed(row) for s, row in zip(own, counts, strict=True)]
 

@@ -18,10 +18,32 @@ def described(name):
     return method, {parameter["name"]: parameter for parameter in method["parameters"]}
 
 
-CATALOGUE = set(
-    "linear task_arithmetic cat slerp nuslerp multislerp karcher model_stock ties dare_linear dare_ties della della_linear "
-    "breadcrumbs breadcrumbs_ties magnitude_prune sce consensus pcb robustmerge drm knots core_ties ctm".split()
-)
+CATALOGUE = {
+    "linear",
+    "task_arithmetic",
+    "cat",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "model_stock",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "magnitude_prune",
+    "sce",
+    "consensus",
+    "pcb",
+    "robustmerge",
+    "drm",
+    "knots",
+    "core_ties",
+    "ctm",
+}
 
 
 def test_strategies_lists_every_method_with_its_default_space_first():

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributions import Environment, entry_points_in, write_metadata
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 
 PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" and block.is_run for block in blocks(page))]
@@ -18,14 +19,11 @@ def install(page: Path, directory: Path) -> list[str]:
     for block in blocks(page):
         name = block.argument("file")
         if name:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(block.text, encoding="utf-8")
             modules.append(Path(name).stem)
-        if block.language == "toml" and modules:
-            metadata = directory / f"{modules[-1]}-1.0.dist-info"
-            metadata.mkdir()
-            (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {modules[-1]}\nVersion: 1.0\n")
-            lines = re.sub(r'(\S+) = "(\S+)"', r"\1 = \2", block.text.replace("project.entry-points.", ""))
-            (metadata / "entry_points.txt").write_text(lines)
+        elif block.language == "toml" and modules:
+            write_metadata(directory, modules[-1], "1.0", entry_points_in(block.text))
     return modules
 
 
@@ -52,13 +50,14 @@ def test_the_python_of_a_page_runs(page: Path, workplace: Path, monkeypatch: pyt
 def test_the_plugin_of_the_readme_is_found_by_its_entry_point(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mergekit_lowrank import Registry, merge
 
+    Environment(workplace, monkeypatch)
     modules = install(ROOT / "README.md", workplace)
-    monkeypatch.syspath_prepend(workplace)
     try:
         registry = Registry.load()
-        assert registry.owner("strategies", "median") == "median"
+        assert registry.plugins[1].registers == {"strategies": ("trimmed_mean",)}
         models = [{"model": "math"}, {"model": "code"}, {"model": "chat"}]
-        assert merge({"merge_method": "median", "models": models}, registry=registry).report.totals.merged_norm > 0
+        merged = merge({"merge_method": "trimmed_mean", "models": models, "space": "core"}, registry=registry)
+        assert merged.report.totals.merged_norm > 0
     finally:
         for module in modules:
             sys.modules.pop(module, None)
@@ -67,3 +66,15 @@ def test_the_plugin_of_the_readme_is_found_by_its_entry_point(workplace: Path, m
 def test_the_plugin_of_the_readme_has_fifteen_lines() -> None:
     (block,) = [block for block in blocks(ROOT / "README.md") if block.argument("file")]
     assert len(block.text.splitlines()) <= 15
+
+
+@pytest.mark.parametrize("page", ["write-a-strategy", "write-a-plugin"])
+def test_the_extensions_of_a_page_keep_the_contracts_that_it_gives_them(page: str, workplace: Path) -> None:
+    path = ROOT / "docs" / "how-to" / f"{page}.md"
+    install(path, workplace)
+    code = [block.text for block in blocks(path) if block.language == "python" and block.argument("file") is None]
+    (workplace / "test_page.py").write_text("\n\n".join(code), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_page.py"]
+    run = subprocess.run(command, cwd=workplace, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout

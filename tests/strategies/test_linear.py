@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lowrank.lowrank import LowRankUpdate, densify
+from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.spaces import DeltaSpace, FactorSpace, SpaceParams
 from mergekit_lowrank.strategies import Linear, MergeContext
 from mergekit_lowrank.testing import merge_updates, random_updates
@@ -69,3 +70,9 @@ def test_an_average_in_factors_divides_the_product_once() -> None:
     merged = densify(merge_updates(linear(normalize=True), FactorSpace(SpaceParams()), [X, X], [1.0, 1.0]))
     # (2·√2·b)(√2·2·a)/2: twice the input, as cross terms make it.
     torch.testing.assert_close(merged, 2 * densify(X))
+
+
+def test_cat_is_the_plain_sum_at_the_sum_of_the_ranks() -> None:
+    cat, plain = (Registry().method(name) for name in ("cat", "task_arithmetic"))
+    assert (cat.strategy, cat.parameters, cat.space) == (plain.strategy, plain.parameters, plain.space)
+    assert (cat.default_rank, plain.default_rank) == ("sum", "max")

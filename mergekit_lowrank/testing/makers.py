@@ -1,4 +1,4 @@
-"""Makers for tests of merges: random updates, tiny adapters on disk, and a small driver that runs a strategy alone."""
+"""Random updates, and tiny adapters on disk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_lowrank.formats import tensor_names
-from mergekit_lowrank.lowrank import LowRankUpdate, Update
-from mergekit_lowrank.spaces import Space
-from mergekit_lowrank.strategies import MergeContext, Strategy
+from mergekit_lowrank.lowrank import LowRankUpdate
 
-__all__ = ["merge_modules", "merge_updates", "random_update", "random_updates", "write_tiny_adapter"]
+__all__ = ["random_update", "random_updates", "write_tiny_adapter"]
 
 
 def random_update(
@@ -97,42 +95,3 @@ def write_tiny_adapter(
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, path / "adapter_model.safetensors")
     return path
-
-
-def merge_modules(
-    strategy: Strategy,
-    space: Space,
-    modules: Mapping[str, Sequence[LowRankUpdate]],
-    weights: Sequence[float],
-) -> dict[str, Update]:
-    """The merged update of every module, before scale and rank policies; surveys first where the strategy has one.
-
-    A small stand-in for the engine: every input takes part in every module, nothing is read or written.
-
-    Args:
-        strategy: with its parameters.
-        space: one of those the strategy supports, with its parameters.
-        modules: the n updates of each module by its name; measured and merged in this order.
-        weights: n coefficients.
-    """
-    survey = strategy.survey()
-    coordinates = {name: space.encode(updates, weights) for name, updates in modules.items()}
-
-    def context(name: str) -> MergeContext:
-        return MergeContext(name, tuple(range(len(weights))), tuple(weights), sum(weights), survey=survey)
-
-    unfinished = survey is not None
-    while survey is not None and unfinished:
-        first, *others = [survey.measure(coordinates[name], context(name)) for name in modules]
-        for measured in others:
-            first = first + measured
-        unfinished = survey.conclude(first)
-    return {name: strategy.merge(coordinates[name], context(name)) for name in modules}
-
-
-def merge_updates(
-    strategy: Strategy, space: Space, updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
-) -> Update:
-    """The merged update of one module alone; all weights 1 unless given."""
-    own = weights if weights is not None else (1.0,) * len(updates)
-    return merge_modules(strategy, space, {"module": updates}, own)["module"]
