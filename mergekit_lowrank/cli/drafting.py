@@ -55,18 +55,18 @@ def _lines(settings: Mapping[str, object], made: Plan, registry: Registry) -> It
     yield from _comment(f"{preset.name}: {preset.summary}. All methods: mergekit-lowrank strategies")
     yield from _yaml({"merge_method": settings["merge_method"]})
     yield ""
-    yield from _comment("A weight is 1 when left out, and may be negative.")
+    yield from _comment("A weight is 1 when left out; most methods take negative ones.")
     yield from _yaml({"models": settings["models"]})
     yield ""
     yield from _comment(Recipe.model_fields["scale"].description or "")
     yield from _yaml({"scale": settings["scale"]})
     yield ""
     space = registry.spaces_of(preset)[0]
-    yield "#parameters:"
-    for parameter in parameters_of(preset, registry):
-        if parameter.get("space", space) == space:
-            yield from _comment(parameter["description"], indent="  ")
-            yield from (f"#  {line}" for line in _yaml({parameter["name"]: parameter["default"]}))
+    parameters = [p for p in parameters_of(preset, registry) if p.get("space", space) == space]
+    yield from ["#parameters:"] if parameters else []
+    for parameter in parameters:
+        yield from _comment(parameter["description"], indent="  ")
+        yield from (f"#  {line}" for line in _yaml({parameter["name"]: parameter["default"]}))
     for key, value in _defaults(made, preset, space).items():
         yield ""
         example = " For example:" if key == "rules" else ""

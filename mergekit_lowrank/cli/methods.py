@@ -98,7 +98,7 @@ def _details(preset: Preset, registry: Registry) -> Iterator[str]:
     rows = [_row(parameter) for parameter in parameters_of(preset, registry)]
     yield from aligned(("parameter", "of", "value", "default", "meaning"), rows)
     yield ""
-    yield "Every method also takes 'weight' for each model (1 when left out; may be negative)."
+    yield "Beside these, 'weight' for each model: 1 when left out; most methods take negative ones."
 
 
 def _facts(preset: Preset, registry: Registry) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergekit_lowrank.errors import CheckpointError, MergeError, raise_together
 from mergekit_lowrank.formats import Adapter, Checkpoint
-from mergekit_lowrank.recipe import ModelEntry, Recipe, resolve_model
+from mergekit_lowrank.recipe import InMemoryAdapter, ModelEntry, Recipe, resolve_model
 from mergekit_lowrank.registry import Registry
 
 __all__ = ["open_checkpoint", "open_inputs"]
@@ -79,14 +79,38 @@ def _placed(problem: MergeError, recipe: Recipe, index: int) -> MergeError:
 
 
 def _labels(entries: Sequence[ModelEntry]) -> list[str]:
-    """Short unique names for messages: the last part of each path, numbered where two agree."""
-    names = [
-        Path(entry.model.rpartition("@")[0] or entry.model).name if isinstance(entry.model, str) else "adapter"
-        for entry in entries
-    ]
+    """Short unique names: the last part of each path, more of it where two agree, numbered where whole paths do.
+
+    Random numbers are keyed by them, so they depend on the order of the models only where an adapter is given twice or
+    is in memory.
+    """
+    spellings = [_spellings(entry.model) for entry in entries]
+    depths = [0] * len(entries)
+    while True:
+        names = [own[depth] for own, depth in zip(spellings, depths, strict=True)]
+        wholes = {
+            name: {own[-1] for own, other in zip(spellings, names, strict=True) if other == name} for name in names
+        }
+        growing = [i for i, name in enumerate(names) if len(wholes[name]) > 1 and depths[i] + 1 < len(spellings[i])]
+        if not growing:
+            break
+        for i in growing:
+            depths[i] += 1
     counts, labels = Counter(names), list[str]()
     for name in names:
         numbered = (f"{name}#{number}" for number in count(1))
         taken = {*labels, *names}
         labels.append(next(label for label in numbered if label not in taken) if counts[name] > 1 else name)
     return labels
+
+
+def _spellings(model: str | InMemoryAdapter) -> list[str]:
+    """What an input may be called, shortest first."""
+    if not isinstance(model, str):
+        return ["adapter"]
+    location, _, revision = model.rpartition("@") if "@" in model else (model, "", "")
+    path = Path(location or model)
+    parts = [part for part in path.parts if part != path.anchor]
+    tails = ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+    named = [f"{tails[0]}@{revision}", *(f"{tail}@{revision}" for tail in tails[1:])] if revision else tails[1:]
+    return [tails[0], *named]

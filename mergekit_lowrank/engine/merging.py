@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_lowrank.engine.devices import move
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
+from mergekit_lowrank.formats import DTYPES
 from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, concatenate, distance, norm
 from mergekit_lowrank.policies import Compressed, Scaling, retention
 from mergekit_lowrank.registry import BUILT_IN
@@ -186,22 +187,35 @@ def merge_inputs(
     _check(merged, module)
     scaling = module.scale.scaling(merged, coordinates.updates, module.weights)
     # Coordinates are let go here unless artefacts need them.
-    artefacts = _artefact_maker(module, coordinates, context) if strategy.has_artefacts() else lambda _: {}
+    artefacts = (
+        _artefact_maker(module, coordinates, scaling.factor, context) if strategy.has_artefacts() else lambda _: {}
+    )
     return MergedInputs(merged.scaled(scaling.factor), scaling, coordinates.updates, artefacts)
 
 
 def _artefact_maker(
-    module: ModulePlan, coordinates: Coordinates, context: MergeContext
+    module: ModulePlan, coordinates: Coordinates, scale: float, context: MergeContext
 ) -> Callable[[LowRankUpdate], Mapping[str, Tensor]]:
     def make(written: LowRankUpdate) -> Mapping[str, Tensor]:
         with blamed(module):
-            found = module.group.strategy.artefacts(coordinates, written, context)
-            wrong = [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]
-            if wrong:
-                raise StrategyError(f"artefact '{wrong[0]}' is a {type(found[wrong[0]]).__name__}; expected a tensor")
+            found = module.group.strategy.artefacts(coordinates, written, scale, context)
+            _check_artefacts(found)
         return {name: tensor.cpu() for name, tensor in found.items()}
 
     return make
+
+
+def _check_artefacts(found: Any) -> None:
+    if not isinstance(found, Mapping):
+        raise StrategyError(f"artefacts returned a {type(found).__name__}; expected a mapping of names to tensors")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise StrategyError(f"artefact {name!r} is a {type(tensor).__name__}; expected a tensor under a text")
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
+            kind = f"{tensor.layout} of {tensor.dtype}".replace("torch.", "")
+            raise StrategyError(f"artefact '{name}' is {kind}, which safetensors cannot hold; make it dense and real")
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise StrategyError(f"artefact '{name}' holds values that are not finite")
 
 
 def rank_generator(plan: Plan, module: ModulePlan) -> torch.Generator:
@@ -227,11 +241,17 @@ def merge_module(
         compressed = replace(compressed, update=canonical(compressed.update))
     b, a = _stored(compressed.update, module, plan.out_dtype)
     scaling = merged.scaling
-    warnings = (scaling.warning,) if scaling.warning else ()
     written = LowRankUpdate(b, a).to(device, plan.compute_dtype)
     record = _record(plan, module, merged.inputs, compressed, written, scaling.factor)
-    record |= {"warnings": warnings, "wall_seconds": time.perf_counter() - start}
+    record |= {"warnings": tuple(_warnings(scaling, record)), "wall_seconds": time.perf_counter() - start}
     return MergedModule(module.name, b, a, merged.artefacts(written), ModuleRecord(**record))
+
+
+def _warnings(scaling: Scaling, record: Mapping[str, Any]) -> Iterator[str]:
+    if scaling.warning:
+        yield scaling.warning
+    if record["merged_norm"] == 0 and scaling.factor and any(record["input_norms"]):
+        yield "merged to zero, though its inputs are not; the method drops all that they do not agree on"
 
 
 def _check(merged: Update, module: ModulePlan) -> None:

@@ -38,6 +38,8 @@ def rank_policy(settings: Settings, shape: ModuleShape, recipe: Recipe, largest_
         largest_rank: over all inputs and modules.
     """
     limit, guess, asked = min(shape.d_out, shape.d_in), max(shape.ranks), settings.rank
+    if settings.group.strategy.keeps_factors:  # even where they have more components than the update can have ranks
+        limit = max(limit, settings.group.space.merged_rank(shape))
     # What is written anyway is used, unless a rule cuts a module below the one rank of a uniform output.
     uniform, own = recipe.output.uniform_rank, settings.has_own_rank
     accepted = () if uniform and own else accepted_ranks(recipe)

@@ -123,13 +123,8 @@ class SettingsResolver:
         lowest, highest = preset.strategy.min_inputs, preset.strategy.max_inputs
         count = len(self._recipe.models)
         if count < lowest or (highest is not None and count > highest):
-            takes = (
-                f"exactly {lowest}"
-                if lowest == highest
-                else f"at least {lowest}"
-                if count < lowest
-                else f"at most {highest}"
-            )
+            bound = f"at least {lowest}" if count < lowest else f"at most {highest}"
+            takes = f"exactly {lowest}" if lowest == highest else bound
             message = f"'{preset.name}' merges {takes} models, and the recipe gives {count}"
             yield self._recipe.problem((*at, "merge_method"), message)
 
@@ -175,6 +170,8 @@ class SettingsResolver:
             return
         for where, leaf in leaves(value):
             problem = self._invalid(scope, name, leaf)
+            if problem and isinstance(leaf, float) and leaf.is_integer() and not self._invalid(scope, name, int(leaf)):
+                problem = "a whole number cannot be interpolated over depth; give one number, or [{filter, value}, …]"
             if problem:
                 yield self._recipe.problem((*at, name, *where), problem)
 

@@ -110,7 +110,6 @@ class SpoolSink(FileSink):
                     sink.put(module, stored.get_tensor("b"), stored.get_tensor("a"))
                 file.unlink()
         self._spool.rmdir()
-        self._artefacts.finish()
 
 
 class MemorySink(Sink):

@@ -8,10 +8,11 @@ from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
 from mergekit_lowrank.formats.peft_keys import tensor_names
 from mergekit_lowrank.formats.peft_output import config_text, output_config
 from mergekit_lowrank.formats.stream import SafetensorsStream
-from mergekit_lowrank.formats.tensors import TensorSource, TensorSpec, open_tensors
+from mergekit_lowrank.formats.tensors import DTYPES, TensorSource, TensorSpec, open_tensors
 
 __all__ = [
     "CONFIG_NAME",
+    "DTYPES",
     "Adapter",
     "Checkpoint",
     "Format",

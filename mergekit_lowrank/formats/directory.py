@@ -23,6 +23,7 @@ ADAPTER_FILES = (
     "README.md",
     "adapter_model.bin",
     "adapter_model.safetensors",
+    "artefacts.safetensors",
     "manifest.json",
     "recipe.yaml",
     "report.json",

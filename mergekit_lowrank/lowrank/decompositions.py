@@ -32,6 +32,12 @@ SMALL_SIDE = 512
 small kernels on a GPU. MPS has no decompositions of its own. Not yet measured on a GPU."""
 
 
+NOISE_FLOOR = 16.0
+"""In units of ε·σ_max: an update's part σ_i·‖V_t,i‖ of a joint direction at or below this is rounding of the joint SVD
+(measured on updates that are zero: at most 4, for joint ranks up to 1024), and is made zero. Trims and elections would
+take it for entries of the update, and DRM would renormalise it to a unit vector of noise."""
+
+
 def in_double(tensor: Tensor) -> Tensor:
     """The tensor in float64; on the CPU where its device has no float64 (MPS)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
@@ -122,7 +128,8 @@ class JointDecomposition:
     Attributes:
         left: U, (d_out, k), orthonormal columns.
         singular_values: S, (k,), descending.
-        right_cores: (N, k, r_max); V_tᵀ = right_cores[t] · right_bases[t]. Zero-padded where ranks differ.
+        right_cores: (N, k, r_max); V_tᵀ = right_cores[t] · right_bases[t]. Zero-padded where ranks differ, zero where
+            an update has no part in a direction but rounding.
         right_bases: (N, r_max, d_in), orthonormal rows (padding rows are zero).
     """
 
@@ -161,9 +168,14 @@ def joint_decomposition(updates: Sequence[LowRankUpdate], rank_tolerance: float)
     kept = int((s > rank_tolerance * s.max()).sum()) if s.numel() else 0
     left, right = fix_signs(q_b @ u[:, :kept], vh[:kept])
     blocks = torch.split(right, [basis.shape[0] for basis in bases], dim=1)
-    return JointDecomposition(
-        left,
-        s[:kept],
-        pad_sequence([block.T for block in blocks], batch_first=True).transpose(1, 2).contiguous(),
-        pad_sequence(bases, batch_first=True),
-    )
+    right_cores = pad_sequence([block.T for block in blocks], batch_first=True).transpose(1, 2).contiguous()
+    right_cores *= _above_rounding(s[:kept], right_cores).unsqueeze(2)
+    return JointDecomposition(left, s[:kept], right_cores, pad_sequence(bases, batch_first=True))
+
+
+def _above_rounding(singular_values: Tensor, right_cores: Tensor) -> Tensor:
+    """(N, k): whether an update has a real part in a direction."""
+    sizes = singular_values * torch.linalg.vector_norm(right_cores, dim=2)
+    # The values descend; slicing keeps an empty decomposition empty.
+    real: Tensor = sizes > NOISE_FLOOR * torch.finfo(sizes.dtype).eps * singular_values[:1]
+    return real

@@ -237,8 +237,8 @@ class Recipe(Strict):
     )
     space: Text | None = Field(
         default=None,
-        description="The coordinates the method works in (`factors`, `delta`, `joint`, `core`); the method's own when "
-        "left out.",
+        description="The coordinates the method works in, such as `delta` or `core`; the method's own when left out. "
+        "`mergekit-lowrank strategies NAME` lists those it supports.",
     )
     scale: Scale = Field(
         default=1.0,

@@ -157,7 +157,7 @@ class Strategy(ABC):
         """
 
     def artefacts(
-        self, coordinates: Coordinates, written: LowRankUpdate, context: MergeContext
+        self, coordinates: Coordinates, written: LowRankUpdate, scale: float, context: MergeContext
     ) -> Mapping[str, Tensor]:
         """More than the merged update: tensors to be stored beside it, by names that hold for every module.
 
@@ -166,9 +166,10 @@ class Strategy(ABC):
         Args:
             coordinates: as ``merge`` got them.
             written: the merged update as it is stored: scaled, cut and rounded.
+            scale: what the scale policy multiplied it by; it is in ``written.b``.
             context: as ``merge`` got it.
         """
-        del coordinates, written, context
+        del coordinates, written, scale, context
         return {}
 
     @classmethod

@@ -20,11 +20,6 @@ from mergekit_lowrank.strategies.stages import (
 
 __all__ = ["Drm"]
 
-NOISE_FLOOR = 16.0
-"""In units of ε·σ_max: a task's part σ_i·‖V_t,i‖ of a direction at or below this is rounding of the joint SVD (measured
-on tasks that are zero: at most 4, for joint ranks up to 1024), and stays zero instead of being renormalised to a unit
-vector of noise (the reference divides by it)."""
-
 
 class DrmParams(Params):
     """Parameters of ``drm``; ``direction`` and ``rank_tolerance`` are those of the joint space."""
@@ -63,11 +58,9 @@ class Drm(Strategy):
             raise StrategyError(f"'drm' works in space 'joint', not in {type(coordinates).__name__}")
         joint = coordinates.joint
         norms = joint.right_norms()
-        sigma = joint.singular_values * norms
-        # The values descend; slicing keeps an empty decomposition empty.
-        real = sigma > NOISE_FLOOR * torch.finfo(norms.dtype).eps * joint.singular_values[:1]
-        unit = coordinates.part(torch.where(real, 1 / torch.where(real, norms, 1), 0))
-        sigma = (sigma * real).unsqueeze(2)
+        sigma = (joint.singular_values * norms).unsqueeze(2)
+        # A task without a part in a direction stays zero there; the reference divides by its rounding.
+        unit = coordinates.part(torch.where(norms > 0, 1 / torch.where(norms > 0, norms, 1), 0))
         return coordinates.decode([self._merged(unit, sigma, self._threshold(unit))])
 
     def _threshold(self, unit: Part) -> float:

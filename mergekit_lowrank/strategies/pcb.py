@@ -114,9 +114,10 @@ def _scores(block: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
 
 
 def _rescaled(scores: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Scores as shares: 0 up to ``lowest``, 1 at ``highest``; 0 where these are equal."""
+    """Scores as shares: 0 up to ``lowest``, 1 at ``highest``; where these are one score, 1 at it, but for score 0."""
     spread = highest - lowest
-    return (scores - lowest).relu_().div_(torch.where(spread > 0, spread, 1))
+    shares = (scores - lowest).relu_().div_(torch.where(spread > 0, spread, 1))
+    return torch.where((spread > 0) | (scores < highest) | (highest == 0), shares, 1)
 
 
 def _winsorized(block: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:

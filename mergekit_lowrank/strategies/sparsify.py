@@ -144,8 +144,8 @@ class MagnitudeParams(SparsifierParams):
     scope: Scope = "tensor"
     inclusive: bool = Field(
         True,
-        description="keep ⌊density·n⌋ + 1 entries, as the paper's code of TIES does; false: exactly ⌊density·n⌋ "
-        "(mergekit, peft). Entries that tie with the threshold are kept either way",
+        description="keep ⌊density·n⌋ + 1 entries, as the paper's code of TIES does; false: ⌊density·n⌋, but at "
+        "least one (mergekit, peft). Entries that tie with the threshold are kept either way",
     )
     rescale: NormRescale = "none"
 
@@ -192,11 +192,11 @@ class OutlierTrim(ThresholdTrim):
     params: OutlierParams
 
     def ranks(self, size: int, density: float) -> tuple[int, int]:
-        """The smallest and the largest entry that is kept; 0 where nothing is removed on that side."""
+        """The smallest and the largest entry that is kept; 0 where no small one is removed."""
         kept = max(1, int(density * size))
         largest = min(int(self.params.gamma * size), size - kept)
         smallest = size - kept - largest
-        return (smallest + 1 if smallest else 0, size - largest if largest else 0)
+        return (smallest + 1 if smallest else 0, size - largest)
 
     def trim(self, block: Tensor, thresholds: Sequence[Sequence[float]]) -> Tensor:
         """Entries between the two thresholds, both included."""

@@ -46,9 +46,9 @@ def trim_outliers(values: Tensor, thresholds: Sequence[float]) -> Tensor:
 
     Args:
         values: (n, …).
-        thresholds: one for each input; 0 keeps all.
+        thresholds: one for each input.
     """
-    highest = torch.tensor([t or torch.inf for t in thresholds], dtype=values.dtype, device=values.device)
+    highest = torch.tensor(thresholds, dtype=values.dtype, device=values.device)
     return values * (values.abs() <= highest.view(-1, *[1] * (values.ndim - 1)))
 
 

@@ -313,7 +313,9 @@ def misbehaving(result):
 def test_a_strategy_that_returns_nonsense_is_stopped_and_named(tmp_path, result, message) -> None:
     modules = {"layers.0.q": (6, 5)}
     paths = [write_tiny_adapter(tmp_path / str(seed), modules, seed=seed) for seed in (1, 2)]
-    with pytest.raises(StrategyError, match=r"strategy 'misbehaving' on module 'layers\.0\.q'") as caught:
+    with pytest.raises(
+        StrategyError, match=r"strategy 'misbehaving' of plugin 'misbehaving' on module 'layers\.0\.q'"
+    ) as caught:
         merge(recipe_of(paths, "misbehaving"), tmp_path / "out", registry=misbehaving(result))
     assert message in str(caught.value)
     assert_nothing_left(tmp_path, "1", "2")

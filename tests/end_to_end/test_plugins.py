@@ -43,11 +43,14 @@ def test_an_installed_plugin_merges(environment: Environment, tmp_path: Path) ->
         ),
         (
             "return block.sum()",
-            ["strategy 'median' on module 'layers.", "a merged block has the shape (); expected ("],
+            [
+                "strategy 'median' of plugin 'median-merge' on module 'layers.",
+                "a merged block has the shape (); expected (",
+            ],
         ),
         (
             "return block[0] / 0",
-            ["strategy 'median' on module 'layers.", "returned values that are not finite"],
+            ["strategy 'median' of plugin 'median-merge' on module 'layers.", "returned values that are not finite"],
         ),
     ],
     ids=["raises", "returns a wrong shape", "returns infinities"],

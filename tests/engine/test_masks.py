@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mergekit_lowrank import merge
+from mergekit_lowrank import merge, plan
 from tests.engine.makers import adapters, recipe_of
 
 
@@ -22,6 +22,18 @@ def test_models_in_another_order_give_equal_values(tmp_path, method, executor) -
             torch.testing.assert_close(
                 second.state_dict[name] @ second.state_dict[a], b @ first.state_dict[a], rtol=1e-4, atol=1e-4
             )
+
+
+def test_adapters_in_directories_of_one_name_keep_their_masks_in_another_order(tmp_path) -> None:
+    paths = [adapters(tmp_path / root, 1)[0] for root in ("x", "y")] + adapters(tmp_path / "z", 2)[1:]
+    first, second = (merge(recipe_of(own, "dare_linear", output={"rank": "sum"})) for own in (paths, paths[::-1]))
+    b, a = (next(name for name in first.state_dict if factor in name) for factor in ("lora_B", "lora_A"))
+    deltas = [merged.state_dict[b.replace("lora_A", "lora_B")] @ merged.state_dict[a] for merged in (first, second)]
+    assert a.replace("lora_A", "lora_B") == b
+    torch.testing.assert_close(*deltas, rtol=1e-4, atol=1e-4)
+    labels = plan(recipe_of(paths)).to_dict()["inputs"]
+    assert [entry["label"] for entry in labels][2] == "adapter2"
+    assert {"x/adapter1", "y/adapter1"} <= {entry["label"] for entry in labels}
 
 
 def test_another_seed_gives_other_masks(tmp_path) -> None:

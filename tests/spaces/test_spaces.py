@@ -274,3 +274,14 @@ def test_the_rank_of_a_merged_update_never_exceeds_its_stated_bound(
     coordinates = space.encode(random_updates(d_out, d_in, ranks, dtype=torch.float64), [1.0] * len(ranks))
     merged = coordinates.decode([part.merged(lambda block: block.sum(dim=0)) for part in coordinates.parts])
     assert int(torch.linalg.matrix_rank(densify(merged))) <= space.merged_rank(ModuleShape(d_out, d_in, tuple(ranks)))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+def test_a_zero_update_has_zero_joint_coordinates_wherever_it_stands(place: int, direction: str) -> None:
+    updates = random_updates(40, 30, [3, 4])
+    updates.insert(place, LowRankUpdate(torch.zeros(40, 5), random_update(40, 30, 5, 9).a))
+    part = JointSpace(JointParams(direction=direction)).encode(updates, (1.0,) * 3).parts[0]
+    for block in part.blocks():
+        assert not block[place].any()
+        assert all(block[t].any() for t in range(3) if t != place)

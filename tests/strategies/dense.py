@@ -37,7 +37,9 @@ def pcb(rows: Matrix, weights: Sequence[float], ratio: float, winsorize: float) 
     for weight, row in zip(weights, rows, strict=True):
         magnitudes = _clamped(np.abs(row), winsorize, winsorize)
         score = np.exp(len(rows) * _min_max(magnitudes) ** 2) * np.tanh(row * total)
-        share = _min_max(_clamped(np.maximum(score, 0), 1 - ratio, 0))
+        share = _min_max(kept := _clamped(np.maximum(score, 0), 1 - ratio, 0))
+        if kept.max() == kept.min() > 0:  # the code has 0/0 here
+            share = (score >= kept.max()).astype(float)
         merged += weight * np.sign(row) * magnitudes * share
         shares += share
     return np.divide(merged, shares, out=np.zeros_like(merged), where=shares > 0)

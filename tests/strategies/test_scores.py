@@ -128,10 +128,15 @@ def test_pcb_does_not_overflow_with_many_inputs(count: int) -> None:
     assert float(found.abs().max()) > 0
 
 
-def test_a_constant_input_scores_nothing() -> None:
+def test_scores_that_are_all_one_are_all_kept() -> None:
     # The code divides 0 by 0 here.
     found = merged(Pcb, torch.ones(3, 4), torch.ones(3, 4))
-    assert bool((found == 0).all())
+    assert bool((found == 1).all())
+
+
+def test_a_part_with_fewer_entries_than_one_over_the_density_keeps_its_highest_score() -> None:
+    found = merged(Pcb, torch.tensor([[1.0, 3.0, -2.0]]), density=0.1)
+    assert found.tolist() == [[0.0, 2.0, -2.0]] or found.count_nonzero() == 1
 
 
 # SCE

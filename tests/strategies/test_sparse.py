@@ -69,6 +69,11 @@ def test_a_gamma_below_one_entry_removes_no_outlier() -> None:
     assert merged(Breadcrumbs, ROW, density=0.3, gamma=0.05).tolist() == [[0] * 7 + [-8.0, 9.0, -10.0]]
 
 
+def test_outliers_go_even_where_the_largest_entry_that_stays_is_zero() -> None:
+    found = merged(Breadcrumbs, torch.tensor([[0.0] * 8 + [3.0, -4.0]]), density=0.5, gamma=0.2)
+    assert not found.any()
+
+
 def test_a_density_that_leaves_no_room_for_outliers_removes_fewer() -> None:
     assert merged(Breadcrumbs, ROW, density=0.9, gamma=0.5).tolist() == [[*ROW[0, :9].tolist(), 0]]
     assert merged(Breadcrumbs, ROW, density=1.0, gamma=0.5).tolist() == ROW.tolist()

@@ -18,7 +18,7 @@ from mergekit_lowrank_emr.restoring import restore
 def main(merged: Path, task: str, output: Path, overwrite: bool) -> None:
     """TASK is the label of an input, as the model card names it, or its position in the recipe."""
     try:
-        click.echo(restore(merged, int(task) if task.isdigit() else task, output, overwrite=overwrite))
+        click.echo(restore(merged, task, output, overwrite=overwrite))
     except MergeError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(2) from error

@@ -45,11 +45,12 @@ def restore(merged: Path | str, task: str | int, output: Path | str, *, overwrit
 
     λ = Σ |y_t| / Σ |M_t ⊙ y_uni| over all modules, for the factors A and for the factors B: the paper has one λ for
     both, which would depend on how an update's size is shared between its factors. Modules that the task's input
-    lacked are zero.
+    lacked are zero; modules that another method merged, by a rule of the recipe, are as they were merged.
 
     Args:
         merged: what ``mergekit-lowrank merge`` wrote with ``merge_method: emr``.
-        task: label of the input (its directory's name), or its position in the recipe, from 0.
+        task: label of the input (its directory's name), or its position in the recipe, from 0; of text that may be
+            either, the label.
         output: the directory to write.
         overwrite: whether it may exist.
 
@@ -58,13 +59,12 @@ def restore(merged: Path | str, task: str | int, output: Path | str, *, overwrit
     """
     read = _read(Path(merged))
     index = _index(read, task)
-    masked = {factor: _masked(read, factor, index) for factor in FACTORS}
-    scales = {factor: _scale(read, factor, index, masked[factor]) for factor in FACTORS}
-    tensors = {
-        read.names[module][factor]: (masked[factor][module] * scales[factor]).to(read.factors[module][factor].dtype)
-        for module in read.factors
-        for factor in FACTORS
-    }
+    tensors = {read.names[module][factor]: t for module, own in read.factors.items() for factor, t in own.items()}
+    for factor in FACTORS:
+        masked = _masked(read, factor, index)
+        scale = _scale(read, factor, index, masked)
+        for module, tensor in masked.items():
+            tensors[read.names[module][factor]] = (tensor * scale).to(read.factors[module][factor].dtype)
     return Adapter(tensors, read.config).save(output, overwrite=overwrite)
 
 
@@ -85,9 +85,8 @@ def _read(directory: Path) -> Merged:
         module: {k.removeprefix(f"{module}."): v for k, v in beside.items() if k.startswith(f"{module}.")}
         for module in names
     }
-    lacking = [module for module, own in artefacts.items() if "A.masks" not in own]
-    if lacking:
-        raise CheckpointError(f"{directory}: module '{lacking[0]}' has no masks; was it merged with emr?")
+    if not any("A.masks" in own for own in artefacts.values()):
+        raise CheckpointError(f"{directory}: no module has masks; was it merged with emr?")
     return Merged(config, tuple(source["label"] for source in manifest["sources"]), factors, artefacts, names)
 
 
@@ -96,17 +95,22 @@ def _index(read: Merged, task: str | int) -> int:
         return task
     if isinstance(task, str) and read.labels.count(task) == 1:
         return read.labels.index(task)
+    if isinstance(task, str) and task.isdecimal() and int(task) < len(read.labels):
+        return int(task)
     known = ", ".join(f"{position} '{label}'" for position, label in enumerate(read.labels))
     raise CheckpointError(f"there is no single task {task!r}; the merge has: {known}")
 
 
 def _masked(read: Merged, factor: str, index: int) -> dict[str, Tensor]:
-    """{module: M_t ⊙ y_uni} in float64; zero where the input lacked the module."""
-    return {module: _masked_module(read, module, factor, index) for module in read.factors}
+    """{module: M_t ⊙ y_uni} in float64, of the modules with masks; zero where the input lacked the module."""
+    masked = (module for module, own in read.artefacts.items() if "A.masks" in own)
+    return {module: _masked_module(read, module, factor, index) for module in masked}
 
 
 def _masked_module(read: Merged, module: str, factor: str, index: int) -> Tensor:
     unified, own = read.factors[module][factor].double(), read.artefacts[module]
+    if factor == "B" and own["scale"]:
+        unified = unified / own["scale"]
     result = torch.zeros_like(unified)
     participants = own["participants"].tolist()
     if index in participants:
@@ -121,7 +125,7 @@ def _masked_module(read: Merged, module: str, factor: str, index: int) -> Tensor
 def _scale(read: Merged, factor: str, index: int, masked: Mapping[str, Tensor]) -> float:
     own = sum(
         float(found[f"{factor}.sums"][found["participants"].tolist().index(index)])
-        for found in read.artefacts.values()
+        for found in map(read.artefacts.__getitem__, masked)
         if index in found["participants"].tolist()
     )
     kept = sum(float(tensor.abs().sum()) for tensor in masked.values())

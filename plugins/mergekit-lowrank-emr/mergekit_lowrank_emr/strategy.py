@@ -58,11 +58,17 @@ class Emr(ElementwiseStrategy):
         return disjoint_max(keep_agreeing(weighted, sign))
 
     def artefacts(
-        self, coordinates: Coordinates, written: LowRankUpdate, context: MergeContext
+        self, coordinates: Coordinates, written: LowRankUpdate, scale: float, context: MergeContext
     ) -> Mapping[str, Tensor]:
-        """For each factor the packed masks, (n, rows, ⌈columns/8⌉) bytes, and Σ |y_t|, (n,); the n inputs' indices."""
-        found = {"participants": torch.tensor(context.participants, dtype=torch.int64)}
-        for part, unified in zip(coordinates.parts, (written.a, written.b), strict=True):
+        """For each factor the packed masks, (n, rows, ⌈columns/8⌉) bytes, and Σ |y_t|, (n,); the n inputs' indices.
+
+        And the scale of the module, which restoring takes out of B again.
+        """
+        found = {
+            "participants": torch.tensor(context.participants, dtype=torch.int64),
+            "scale": torch.tensor(scale, dtype=torch.float64),
+        }
+        for part, unified in zip(coordinates.parts, (written.a, written.b * scale), strict=True):
             inputs = torch.cat(list(_weighted(part)), dim=1 + part.axis)
             found[f"{part.name}.masks"] = packed(inputs * unified > 0)
             found[f"{part.name}.sums"] = inputs.double().abs().sum(dim=(1, 2))

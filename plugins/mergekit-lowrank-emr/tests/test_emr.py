@@ -88,11 +88,16 @@ def test_a_single_input_is_restored_as_it_was(tmp_path: Path, adapters: list[Pat
         torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [{"scale": 0.25}, {"scale": "auto"}, {"scale": -1.0}, {"rules": [{"match": "layers.1", "scale": 3.0}]}],
+    ids=str,
+)
 def test_the_scale_of_the_merge_does_not_change_what_is_restored(
-    tmp_path: Path, adapters: list[Path], registry: Registry, merged: Path
+    tmp_path: Path, adapters: list[Path], registry: Registry, merged: Path, scale: dict[str, object]
 ) -> None:
     models = [{"model": str(path)} for path in adapters]
-    merge({"merge_method": "emr", "models": models, "scale": 0.25}, tmp_path / "small", registry=registry)
+    merge({"merge_method": "emr", "models": models} | scale, tmp_path / "small", registry=registry)
     expected = load_file(restore(merged, 1, tmp_path / "a") / "adapter_model.safetensors")
     found = load_file(restore(tmp_path / "small", 1, tmp_path / "b") / "adapter_model.safetensors")
     for name, tensor in expected.items():
@@ -110,6 +115,33 @@ def test_mixed_ranks_and_modules_that_an_input_lacks(tmp_path: Path, registry: R
     assert a.shape == (4, 10)
     assert a[:2].abs().max() > 0
     assert a[2:].abs().max() == 0
+
+
+def test_modules_that_another_method_merged_are_restored_as_they_are(
+    tmp_path: Path, adapters: list[Path], registry: Registry
+) -> None:
+    rule = {"match": "layers.1", "merge_method": "task_arithmetic"}
+    recipe = {"merge_method": "emr", "models": [{"model": str(path)} for path in adapters], "rules": [rule]}
+    merge(recipe, tmp_path / "out", registry=registry)
+    unified = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    found = load_file(restore(tmp_path / "out", 0, tmp_path / "restored") / "adapter_model.safetensors")
+    for name, tensor in found.items():
+        assert torch.equal(tensor, unified[name]) == ("layers.1" in name)
+
+
+def test_a_module_smaller_than_the_rank_is_unified_and_restored(tmp_path: Path, registry: Registry) -> None:
+    modules = {"q": (12, 10), "score": (2, 10)}
+    paths = [write_tiny_adapter(tmp_path / f"task{t}", modules, rank=4, seed=t) for t in range(2)]
+    merge({"merge_method": "emr", "models": [{"model": str(p)} for p in paths]}, tmp_path / "out", registry=registry)
+    restore(tmp_path / "out", 1, tmp_path / "restored")
+
+
+def test_labels_that_are_numbers_win_over_positions(tmp_path: Path, registry: Registry) -> None:
+    paths = [write_tiny_adapter(tmp_path / name, MODULES, seed=int(name)) for name in ("1", "0")]
+    merge({"merge_method": "emr", "models": [{"model": str(p)} for p in paths]}, tmp_path / "out", registry=registry)
+    by_label = load_file(restore(tmp_path / "out", "1", tmp_path / "a") / "adapter_model.safetensors")
+    by_position = load_file(restore(tmp_path / "out", 0, tmp_path / "b") / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, by_position[name]) for name, tensor in by_label.items())
 
 
 def test_in_memory_the_artefacts_are_at_hand(adapters: list[Path], registry: Registry) -> None:
