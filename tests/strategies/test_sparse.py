@@ -131,6 +131,14 @@ def test_the_ranks_of_magnitudes_by_hand() -> None:
     assert found.tolist() == [[1.0, 0.0, 0.0, 0.5], [0.5] * 4, [0.5] * 4]
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_ranks_do_not_depend_on_the_type_and_ties_go_by_place(dim: int) -> None:
+    values = torch.randint(-3, 4, (3, 6, 7), generator=torch.Generator().manual_seed(1)).float()
+    found = magnitude_ranks(values, dim=dim)
+    torch.testing.assert_close(found.double(), magnitude_ranks(values.double(), dim=dim))
+    assert magnitude_ranks(torch.tensor([[2.0, -2.0, 2.0]]), dim=1).tolist() == [[0.0, 0.5, 1.0]]
+
+
 @given(rows=st.integers(1, 5), columns=st.integers(2, 9), seed=st.integers(0, 99))
 def test_della_probabilities_equal_the_formula(rows: int, columns: int, seed: int) -> None:
     delta = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
