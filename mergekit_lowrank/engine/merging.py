@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from mergekit_lowrank.engine.devices import move
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.formats import DTYPES
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, concatenate, distance, norm
-from mergekit_lowrank.policies import Compressed, Scaling, retention
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, distance, inner_products
+from mergekit_lowrank.policies import Compressed, Scaling, retained
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
@@ -24,6 +25,10 @@ from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
 CANCELLED = 1e-6
 """A weighted sum whose norm is below this share of Σ |c|·‖ΔW‖ has cancelled to rounding: an error relative to it means
 nothing."""
+
+DIFFERENCE = 1e-10
+"""‖M − Σ‖² from inner products is good to about 1e-15 of (‖M‖ + Σ ‖c ΔW‖)²: above this share of it to five digits of
+its root."""
 
 __all__ = [
     "MergedInputs",
@@ -295,10 +300,9 @@ def _record(
     written: LowRankUpdate,
     scale: float,
 ) -> dict[str, Any]:
+    table = inner_products([written, *updates])
+    norms = table.diagonal().clamp(min=0).sqrt().tolist()
     aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
-    target = norm(concatenate(updates, aims))
-    norms = [norm(u) for u in updates]
-    size = sum(abs(c) * own for c, own in zip(aims, norms, strict=True))
     return {
         "module": module.name,
         "method": module.group.method,
@@ -309,9 +313,24 @@ def _record(
         "kept_energy": compressed.kept_energy,
         "cut_error": compressed.error,
         "rank_for_99": compressed.spectrum.rank_for(ENERGY_SHARE),
-        "input_norms": tuple(abs(w) * own for own, w in zip(norms, module.weights, strict=True)),
-        "merged_norm": norm(written),
+        "input_norms": tuple(abs(w) * own for own, w in zip(norms[1:], module.weights, strict=True)),
+        "merged_norm": norms[0],
         "scale": scale,
-        "retention": retention(written, updates, module.weights),
-        "relative_error": distance(written, updates, aims) / target if target > CANCELLED * size else None,
+        "retention": retained(table[0, 1:].tolist(), table.diagonal()[1:].tolist(), module.weights),
+        "relative_error": _relative_error(table, written, updates, aims),
     }
+
+
+def _relative_error(
+    table: Tensor, written: LowRankUpdate, updates: Sequence[LowRankUpdate], aims: Sequence[float]
+) -> float | None:
+    """‖M − Σ c ΔW‖ / ‖Σ c ΔW‖ from the inner products of M and all ΔW; None where the sum has cancelled."""
+    c = torch.tensor([1.0, *(-aim for aim in aims)], dtype=torch.float64)
+    sizes = c.abs() * table.diagonal().clamp(min=0).sqrt()
+    target = math.sqrt(max(float(c[1:] @ table[1:, 1:] @ c[1:]), 0.0))
+    if target <= CANCELLED * float(sizes[1:].sum()):
+        return None
+    squared = float(c @ table @ c)
+    if squared <= DIFFERENCE * float(sizes.sum()) ** 2:  # a difference of squares has lost its digits
+        return distance(written, updates, aims) / target
+    return math.sqrt(squared) / target

@@ -9,7 +9,7 @@ from mergekit_lowrank.lowrank.decompositions import (
     polar_factor,
     svd,
 )
-from mergekit_lowrank.lowrank.products import distance, inner, norm
+from mergekit_lowrank.lowrank.products import distance, inner, inner_products, norm, overlaps
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes
 from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify, padded_stacks
@@ -30,11 +30,13 @@ __all__ = [
     "fix_signs",
     "in_double",
     "inner",
+    "inner_products",
     "joint_decomposition",
     "kth_magnitude",
     "kth_magnitudes",
     "left_singular_basis",
     "norm",
+    "overlaps",
     "padded_stacks",
     "polar_factor",
     "spectrum_of",

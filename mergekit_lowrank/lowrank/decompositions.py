@@ -17,14 +17,16 @@ from mergekit_lowrank.lowrank.updates import LowRankUpdate
 
 __all__ = [
     "JointDecomposition",
+    "ThinBasis",
     "fix_signs",
+    "gram",
     "in_double",
     "joint_decomposition",
     "left_singular_basis",
     "polar_factor",
     "svd",
+    "thin_basis",
     "thin_qr",
-    "triangular_factor",
 ]
 
 SMALL_SIDE = 512
@@ -36,6 +38,14 @@ NOISE_FLOOR = 16.0
 """In units of ε·σ_max: an update's part σ_i·‖V_t,i‖ of a joint direction at or below this is rounding of the joint SVD
 (measured on updates that are zero: at most 4, for joint ranks up to 1024), and is made zero. Trims and elections would
 take it for entries of the update, and DRM would renormalise it to a unit vector of noise."""
+
+
+GRAM_COLUMNS = 1024
+"""Columns that are converted to float64 at once, few enough for the cache; fixed, so that sums do not change."""
+
+INDEPENDENT = 1e-4
+"""A column with a smaller share of its length outside the span of those before it is left to Householder's QR: below,
+the columns of Q would lose orthogonality, about ε₆₄ / share² (1e-8 at this share)."""
 
 
 def in_double(tensor: Tensor) -> Tensor:
@@ -52,12 +62,78 @@ def thin_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(matrix.device), r.to(matrix.device)
 
 
-def triangular_factor(matrix: Tensor) -> Tensor:
-    """R (k, n) of the thin QR alone, which costs half: it has the inner products of the columns of ``matrix``."""
-    if 0 in matrix.shape:
-        return matrix.new_zeros(min(matrix.shape), matrix.shape[1])
-    r: Tensor = torch.linalg.qr(_where_it_pays(matrix), mode="r").R
-    return r.to(matrix.device)
+def gram(parts: Sequence[Tensor]) -> Tensor:
+    """(R, R) float64: the inner products of the rows of matrices (r_t, d) on top of each other, R = Σ r_t.
+
+    Accumulated over blocks of columns, which are converted into one buffer that stays in the cache.
+    """
+    sizes, length = [part.shape[0] for part in parts], parts[0].shape[1]
+    size, width = (sum(sizes), min(GRAM_COLUMNS, length))
+    # A block lies as the matrices do: transposed ones are copied row by row as well.
+    is_transposed = parts[0].stride(1) != 1
+    buffer = in_double(parts[0].new_empty((width, size) if is_transposed else (size, width)))
+    buffer = buffer.T if is_transposed else buffer
+    total = buffer.new_zeros(size, size)
+    for start in range(0, length, GRAM_COLUMNS):
+        block = buffer[:, : min(GRAM_COLUMNS, length - start)]
+        for rows, part in zip(torch.split(block, sizes), parts, strict=True):
+            rows.copy_(part[:, start : start + GRAM_COLUMNS])
+        total.addmm_(block, block.T)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class ThinBasis:
+    """matrix = Q · factor with orthonormal columns Q (d, k), which are applied to what is asked for, not formed.
+
+    Attributes:
+        columns: (d, k): Q itself, or the matrix, which is Q · factor.
+        factor: (k, n) float64, upper triangular; a small one is on the CPU.
+        is_formed: whether ``columns`` is Q.
+    """
+
+    columns: Tensor
+    factor: Tensor
+    is_formed: bool
+
+    def times(self, coefficients: Tensor) -> Tensor:
+        """(d, m): Q · coefficients, for coefficients (k, m), in the type and on the device of the matrix."""
+        if self.is_formed:
+            return self.columns @ coefficients.to(self.columns)
+        solved = torch.linalg.solve_triangular(self.factor, coefficients.to(self.factor), upper=True).T
+        result = self.columns.new_empty(coefficients.shape[1], self.columns.shape[0])
+        blocks = torch.split(self.columns.T, GRAM_COLUMNS, dim=1)
+        for target, block in zip(torch.split(result, GRAM_COLUMNS, dim=1), blocks, strict=True):
+            wide = in_double(block)
+            target.copy_(solved.to(wide) @ wide)
+        return result.T
+
+
+def thin_basis(matrix: Tensor) -> ThinBasis:
+    """An orthonormal basis of the columns of ``matrix`` (d, n), from their Gram matrix where that is as good as a QR.
+
+    float32 columns have their inner products in float64, and a Cholesky factor of their cosines keeps all their digits
+    as long as no column nearly depends on those before it. Columns that do, float64 ones and wide matrices take
+    Householder's QR, in float64.
+
+    Source: CholeskyQR; Yamamoto et al. 2015 (ETNA 44), section 3: Q is orthonormal to cond² · ε.
+    """
+    if matrix.dtype == torch.float32 and 0 < matrix.shape[1] <= matrix.shape[0]:
+        factor = _cholesky(_where_it_pays(gram([matrix.T])))
+        if factor is not None:
+            return ThinBasis(matrix, factor, is_formed=False)
+    q, r = thin_qr(in_double(matrix))
+    return ThinBasis(q.to(matrix), r, is_formed=True)
+
+
+def _cholesky(products: Tensor) -> Tensor | None:
+    """R (n, n) with products = Rᵀ · R, upper triangular; None where a vector is zero or nearly depends on others."""
+    lengths = products.diagonal().sqrt()
+    cosines, failed = torch.linalg.cholesky_ex(products / (lengths.unsqueeze(1) * lengths), upper=True)
+    if failed or not bool((cosines.diagonal() > INDEPENDENT).all()):
+        return None
+    factor: Tensor = cosines * lengths
+    return factor
 
 
 def _where_it_pays(matrix: Tensor) -> Tensor:
@@ -87,21 +163,25 @@ def fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """
     if left.shape[0] == 0 or left.shape[1] == 0:
         return left, right
-    peaks = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
-    signs = torch.where(peaks < 0, -1.0, 1.0).to(left.dtype)
-    return left * signs, right * signs.T
+    highest, lowest = left.amax(dim=0), -left.amin(dim=0)
+    signs = torch.where(highest >= lowest, 1.0, -1.0).to(left.dtype)
+    for tied in (highest == lowest).nonzero().flatten().tolist():
+        column = left[:, tied]
+        signs[tied] = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
+    return left * signs, right * signs.unsqueeze(1)
 
 
-def left_singular_basis(matrix: Tensor) -> Tensor:
-    """The left singular vectors of a tall ``matrix`` (d, n) as columns (d, k), descending, signs fixed.
+def left_singular_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The left singular vectors U (d, k) of a tall ``matrix`` (d, n), descending, signs fixed, and Uᵀ · matrix (k, n).
 
-    Directions at the level of rounding (σ ≤ max(d, n) · ε · σ_max) are left out: they are arbitrary.
+    The latter is in float64. Directions at the level of rounding (σ ≤ max(d, n) · ε₆₄ · σ_max) are left out: they are
+    arbitrary.
     """
-    q, r = thin_qr(matrix)
-    u, s, vh = svd(r)
+    basis = thin_basis(matrix)
+    u, s, _ = svd(basis.factor)
     kept = int((s > max(matrix.shape) * torch.finfo(s.dtype).eps * s.max()).sum()) if s.numel() else 0
-    left, _ = fix_signs(q @ u[:, :kept], vh[:kept])
-    return left
+    u = u[:, :kept]
+    return fix_signs(basis.times(u), u.T @ basis.factor)  # not diag(S)·Vᵀ: zero columns give zeros
 
 
 def polar_factor(matrix: Tensor, rank_tolerance: float) -> Tensor:
@@ -157,20 +237,19 @@ def joint_decomposition(updates: Sequence[LowRankUpdate], rank_tolerance: float)
     Source: KnOTS (Stoica et al., arXiv:2410.19735) and DRM (arXiv:2505.23117) take the same SVD of the dense
     concatenation.
     """
-    q_b, r_b = thin_qr(torch.cat([u.b for u in updates], dim=1))
-    bases, cores, start = [], [], 0
-    for update in updates:
+    stacked = thin_basis(torch.cat([u.b for u in updates], dim=1))
+    bases, cores = [], []
+    for update, columns in zip(updates, torch.split(stacked.factor, [u.rank for u in updates], dim=1), strict=True):
         q, r = thin_qr(update.a.T)
-        cores.append(r_b[:, start : start + update.rank] @ r.T * update.scaling)
+        cores.append(columns @ in_double(r).T * update.scaling)
         bases.append(q.T)
-        start += update.rank
     u, s, vh = svd(torch.cat(cores, dim=1))
     kept = int((s > rank_tolerance * s.max()).sum()) if s.numel() else 0
-    left, right = fix_signs(q_b @ u[:, :kept], vh[:kept])
+    left, right = fix_signs(stacked.times(u[:, :kept]), vh[:kept])
     blocks = torch.split(right, [basis.shape[0] for basis in bases], dim=1)
     right_cores = pad_sequence([block.T for block in blocks], batch_first=True).transpose(1, 2).contiguous()
     right_cores *= _above_rounding(s[:kept], right_cores).unsqueeze(2)
-    return JointDecomposition(left, s[:kept], right_cores, pad_sequence(bases, batch_first=True))
+    return JointDecomposition(left, s[:kept].to(left), right_cores.to(left), pad_sequence(bases, batch_first=True))
 
 
 def _above_rounding(singular_values: Tensor, right_cores: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from mergekit_lowrank.lowrank.decompositions import in_double, triangular_factor
+from mergekit_lowrank.lowrank.decompositions import gram, in_double, thin_basis
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate
 
-__all__ = ["distance", "inner", "norm"]
+__all__ = ["distance", "inner", "inner_products", "norm", "overlaps"]
 
 ROW_BLOCK = 1024
 """Rows of a dense delta accumulated at once in float64."""
@@ -46,6 +47,38 @@ def inner(x: Update, y: Update) -> float:
             return _inner_dense(x, y)  # type: ignore[arg-type]
 
 
+def inner_products(updates: Sequence[LowRankUpdate]) -> Tensor:
+    """(n, n) float64, on the CPU: <ΔW_s, ΔW_t> of all pairs, from one Gram matrix of all b and one of all a."""
+    pairs = gram([u.b.T for u in updates]) * gram([u.a for u in updates])
+    return _by_update(_by_update(pairs.cpu(), updates).T, updates)
+
+
+def overlaps(update: Update, others: Sequence[LowRankUpdate]) -> list[float]:
+    """<M, ΔW_t> for each of n updates; a dense M is read once."""
+    match update:
+        case LowRankUpdate():
+            left, right = in_double(update.b).T, in_double(update.a)
+            found = [((left @ in_double(u.b)) * (right @ in_double(u.a).T)).sum(dim=0) for u in others]
+            return (_by_update(torch.cat(found).cpu().unsqueeze(1), others) * update.scaling).flatten().tolist()
+        case DenseUpdate():
+            return _by_update(_dense_overlaps(update.delta, others).unsqueeze(1), others).flatten().tolist()
+
+
+def _dense_overlaps(delta: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """(R,) on the CPU: bᵢᵀ · M · aᵢᵀ of every component of every update, M read once by blocks of rows."""
+    a = in_double(torch.cat([u.a for u in updates])).T
+    total = a.new_zeros(a.shape[1])
+    for rows, *b in zip(torch.split(delta, ROW_BLOCK), *(torch.split(u.b, ROW_BLOCK) for u in updates), strict=True):
+        total += ((in_double(rows) @ a) * in_double(torch.cat(b, dim=1))).sum(dim=0)
+    return total.cpu()
+
+
+def _by_update(components: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """(n, …): sums over the components (R, …) of each of n updates, times its scaling."""
+    parts = torch.split(components, [u.rank for u in updates])
+    return torch.stack([part.sum(dim=0) * u.scaling for part, u in zip(parts, updates, strict=True)])
+
+
 def norm(update: Update) -> float:
     """Frobenius norm of a delta; exactly zero for a zero factor."""
     return math.sqrt(max(inner(update, update), 0.0))
@@ -54,5 +87,5 @@ def norm(update: Update) -> float:
 def distance(update: LowRankUpdate, targets: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> float:
     """‖M − Σ_t c_t ΔW_t‖_F from the core of [M, −Σ], so that nearly equal updates do not cancel."""
     difference = concatenate([update, *targets], [1.0, *(-c for c in coefficients)])
-    r_b, r_a = triangular_factor(difference.b), triangular_factor(difference.a.T)
-    return float(torch.linalg.matrix_norm(in_double(r_b) @ in_double(r_a).T)) * abs(difference.scaling)
+    r_b, r_a = thin_basis(difference.b).factor, thin_basis(difference.a.T).factor
+    return float(torch.linalg.matrix_norm(r_b @ r_a.T)) * abs(difference.scaling)

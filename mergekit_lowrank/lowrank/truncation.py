@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr, triangular_factor
+from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_basis, thin_qr
 from mergekit_lowrank.lowrank.products import inner
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update
 
@@ -101,34 +102,40 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Truncation:
-    """U · diag(S) · Vᵀ of an update, complete or its leading part, ready to be cut at a rank."""
+    """U · diag(S) · Vᵀ of an update, complete or its leading part, ready to be cut at a rank.
 
-    left: Tensor
-    right: Tensor
+    Attributes:
+        vectors: gives the leading k columns of U and rows of Vᵀ, signs fixed; fewer where there are fewer. They are
+            multiplied out when they are asked for.
+        spectrum: all singular values that were found.
+    """
+
+    vectors: Callable[[int], tuple[Tensor, Tensor]]
     spectrum: Spectrum
 
     def cut(self, rank: int) -> LowRankUpdate:
         """The leading ``rank`` directions as b = U·S, a = Vᵀ; fewer where there are fewer."""
-        values = self.spectrum.values[:rank].to(self.left)
-        return LowRankUpdate(self.left[:, :rank] * values, self.right[:rank])
+        left, right = self.vectors(rank)
+        return LowRankUpdate(left * self.spectrum.values[:rank].to(left), right)
 
     def balanced(self, rank: int) -> LowRankUpdate:
         """The leading ``rank`` directions as b = U·√S, a = √S·Vᵀ; fewer where there are fewer."""
-        roots = self.spectrum.values[:rank].sqrt().to(self.left)
-        return LowRankUpdate(self.left[:, :rank] * roots, roots.unsqueeze(1) * self.right[:rank])
+        left, right = self.vectors(rank)
+        roots = self.spectrum.values[:rank].sqrt().to(left)
+        return LowRankUpdate(left * roots, roots.unsqueeze(1) * right)
 
 
 def _factorise_low(update: LowRankUpdate) -> Truncation:
-    q_b, r_b = thin_qr(update.b)
-    q_a, r_a = thin_qr(update.a.T)
-    u, s, vh = svd(r_b @ r_a.T * update.scaling)
-    left, right = fix_signs(q_b @ u, vh @ q_a.T)
-    return Truncation(left, right, _whole_spectrum(s))
+    left, right = thin_basis(update.b), thin_basis(update.a.T)
+    u, s, vh = svd(left.factor @ right.factor.T * update.scaling)
+    return Truncation(
+        lambda rank: fix_signs(left.times(u[:, :rank]), right.times(vh[:rank].T).T), _whole_spectrum(s, update)
+    )
 
 
-def _whole_spectrum(singular_values: Tensor) -> Spectrum:
+def _whole_spectrum(singular_values: Tensor, update: Update) -> Spectrum:
     values = singular_values.cpu().double()
-    epsilon = torch.finfo(singular_values.dtype).eps
+    epsilon = torch.finfo(update.dtype).eps
     return Spectrum(values, float(values.square().sum()), complete=True, epsilon=epsilon)
 
 
@@ -147,14 +154,13 @@ def canonical(update: LowRankUpdate) -> LowRankUpdate:
 
 def spectrum_of(update: LowRankUpdate) -> Spectrum:
     """The singular values of a low-rank update, from its core; no vectors."""
-    r_b, r_a = triangular_factor(update.b), triangular_factor(update.a.T)
-    return _whole_spectrum(torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()))
+    r_b, r_a = thin_basis(update.b).factor, thin_basis(update.a.T).factor
+    return _whole_spectrum(torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()), update)
 
 
 def _factorise_dense(delta: Tensor) -> Truncation:
     u, s, vh = svd(delta)
-    left, right = fix_signs(u, vh)
-    return Truncation(left, right, _whole_spectrum(s))
+    return Truncation(lambda rank: fix_signs(u[:, :rank], vh[:rank]), _whole_spectrum(s, DenseUpdate(delta)))
 
 
 def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncation:
@@ -184,12 +190,13 @@ def _randomised(delta: Tensor, rank: int, generator: torch.Generator) -> Truncat
         ):
             break
         right, _ = thin_qr(images[:, -width:])
-    left, right_t = basis @ u, vh @ q.T
-    if tall is not delta:
-        left, right_t = right_t.T, left.T
-    left, right_t = fix_signs(left, right_t)
+
+    def vectors(count: int) -> tuple[Tensor, Tensor]:
+        left, right_t = basis @ u[:, :count], vh[:count] @ q.T
+        return fix_signs(left, right_t) if tall is delta else fix_signs(right_t.T, left.T)
+
     complete = basis.shape[1] == columns
-    return Truncation(left, right_t, Spectrum(s.cpu().double(), energy, complete, torch.finfo(s.dtype).eps))
+    return Truncation(vectors, Spectrum(s.cpu().double(), energy, complete, torch.finfo(s.dtype).eps))
 
 
 def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:

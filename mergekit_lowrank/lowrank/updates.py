@@ -37,6 +37,11 @@ class LowRankUpdate:
         """(d_out, d_in) of the delta."""
         return self.b.shape[0], self.a.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the factors."""
+        return self.b.dtype
+
     def scaled(self, factor: float) -> LowRankUpdate:
         """The update times ``factor``; the factors themselves are shared, not copied."""
         return replace(self, scaling=self.scaling * factor)
@@ -68,6 +73,11 @@ class DenseUpdate:
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in) of the delta."""
         return self.delta.shape[0], self.delta.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the matrix."""
+        return self.delta.dtype
 
     def scaled(self, factor: float) -> DenseUpdate:
         """The update times ``factor``."""

@@ -11,7 +11,7 @@ from mergekit_lowrank.policies.rank import (
     RankPolicy,
     snapped,
 )
-from mergekit_lowrank.policies.scale import AutoScale, FixedScale, RetentionScale, ScalePolicy, Scaling, retention
+from mergekit_lowrank.policies.scale import AutoScale, FixedScale, RetentionScale, ScalePolicy, Scaling, retained
 
 __all__ = [
     "VLLM_RANKS",
@@ -28,7 +28,7 @@ __all__ = [
     "ScalePolicy",
     "Scaling",
     "least_rank",
-    "retention",
+    "retained",
     "snapped",
     "spread",
 ]

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, inner
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, inner, overlaps
 
-__all__ = ["AutoScale", "FixedScale", "RetentionScale", "ScalePolicy", "Scaling", "retention"]
+__all__ = ["AutoScale", "FixedScale", "RetentionScale", "ScalePolicy", "Scaling", "retained"]
 
 PLAUSIBLE = (0.1, 10.0)
 """Factors outside are not trusted, except that the upper bound is N where that is larger: results that oppose their
@@ -31,15 +31,16 @@ class Scaling:
     warning: str | None = None
 
 
-def retention(merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> float | None:
+def retained(overlaps: Sequence[float], energies: Sequence[float], weights: Sequence[float]) -> float | None:
     """Σ_t w_t <M, ΔW_t> / Σ_t |w_t| <ΔW_t, ΔW_t>: the share of the inputs that survives in M; None for zero inputs.
 
-    From r × r products for a low-rank M; a dense M is read once for each input.
+    Args:
+        overlaps: <M, ΔW_t> of n inputs.
+        energies: <ΔW_t, ΔW_t>.
+        weights: w_t.
     """
-    energies = [abs(w) * inner(u, u) for u, w in zip(updates, weights, strict=True)]
-    if not sum(energies) > 0:
-        return None
-    return sum(w * inner(merged, u) for u, w in zip(updates, weights, strict=True) if w) / sum(energies)
+    whole = sum(abs(w) * energy for energy, w in zip(energies, weights, strict=True))
+    return sum(w * o for o, w in zip(overlaps, weights, strict=True)) / whole if whole > 0 else None
 
 
 class ScalePolicy(ABC):
@@ -61,8 +62,10 @@ class FixedScale(ScalePolicy):
         return Scaling(self.factor)
 
 
-def _to_retention(target: float, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
-    found = retention(merged, updates, weights)
+def _to_retention(
+    target: float, merged: Update, updates: Sequence[LowRankUpdate], energies: Sequence[float], weights: Sequence[float]
+) -> Scaling:
+    found = retained(overlaps(merged, updates), energies, weights)
     if found is None:
         return Scaling(1.0)
     factor = target / found if found else float("inf")
@@ -86,7 +89,7 @@ class RetentionScale(ScalePolicy):
 
     def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
         """The factor that gives the retention asked for, or 1 with a warning where that is implausible."""
-        return _to_retention(self.target, merged, updates, weights)
+        return _to_retention(self.target, merged, updates, [inner(u, u) for u in updates], weights)
 
 
 @dataclass(frozen=True)
@@ -95,5 +98,6 @@ class AutoScale(ScalePolicy):
 
     def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
         """The factor that gives retention N^-0.4, or 1 with a warning where that is implausible."""
-        active = sum(1 for u, w in zip(updates, weights, strict=True) if w and inner(u, u) > 0)
-        return _to_retention(max(active, 1) ** AUTO_EXPONENT, merged, updates, weights)
+        energies = [inner(u, u) for u in updates]
+        active = sum(1 for energy, w in zip(energies, weights, strict=True) if w and energy > 0)
+        return _to_retention(max(active, 1) ** AUTO_EXPONENT, merged, updates, energies, weights)

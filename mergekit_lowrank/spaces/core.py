@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, in_double, left_singular_basis
+from mergekit_lowrank.lowrank import LowRankUpdate, left_singular_basis
 from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space
 
 __all__ = ["CoreCoordinates", "CoreSpace"]
@@ -16,24 +16,26 @@ __all__ = ["CoreCoordinates", "CoreSpace"]
 class CoreCoordinates(Coordinates):
     """M_t = Uᵀ ΔW_t V, with U, V the singular vectors of the stacked unscaled factors in descending order.
 
-    Computed in float64, as the reference does, and then held in the type of the factors.
+    Computed in float64, as the reference does, and then held in the type of the factors. Uᵀ times the stacked b is what
+    the decomposition of the stack leaves, so no product is as long as a factor.
 
     Attributes:
         left: U, (d_out, p).
         right: Vᵀ, (q, d_in).
+        cores: (n, p, q), the M_t in float64.
 
     Source: Core Space (arXiv:2509.17786). Element-wise strategies depend on the basis: QR bases give other results.
     """
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
-        factors = [(in_double(u.b), in_double(u.a)) for u in updates]
-        left = left_singular_basis(torch.cat([b for b, _ in factors], dim=1))
-        right = left_singular_basis(torch.cat([a for _, a in factors]).T).T
-        cores = [(left.T @ b) @ (a @ right.T) * u.scaling for (b, a), u in zip(factors, updates, strict=True)]
-        first = updates[0].b
-        self.left, self.right = left.to(first), right.to(first)
-        self.parts = (Part.stacked("core", torch.stack(cores).to(first), self.weights),)
+        self.left, left = left_singular_basis(torch.cat([u.b for u in updates], dim=1))
+        right_basis, right = left_singular_basis(torch.cat([u.a for u in updates]).T)
+        self.right = right_basis.T
+        ranks = [u.rank for u in updates]
+        pairs = zip(updates, torch.split(left, ranks, dim=1), torch.split(right, ranks, dim=1), strict=True)
+        self.cores = torch.stack([u.scaling * b @ a.T for u, b, a in pairs])
+        self.parts = (Part.stacked("core", self.cores.to(self.left), self.weights),)
 
     def decode(self, merged: Sequence[Tensor]) -> LowRankUpdate:
         """U · M · Vᵀ, M multiplied into the side that leaves the smaller rank."""

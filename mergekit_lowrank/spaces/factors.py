@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import Tensor
 
@@ -26,13 +27,18 @@ class FactorCoordinates(Coordinates):
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
-        b, a = padded_stacks(self.updates)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:  # type: ignore[override]
+        """A and B, stacked when they are first asked for: RobustMerge reads the updates themselves."""
+        updates, weights = self.updates, self.weights
+        b, a = padded_stacks(updates)
         products = [w * u.scaling for w, u in zip(weights, updates, strict=True)]
         roots = [math.sqrt(abs(p)) for p in products]
         signed = [math.copysign(root, p) for root, p in zip(roots, products, strict=True)]
         shares = [math.sqrt(abs(w)) for w in weights]
         signed_shares = [math.copysign(share, p) for share, p in zip(shares, products, strict=True)]
-        self.parts = (
+        return (
             Part.stacked("A", a, signed, [u.a.numel() for u in updates], signed_shares),
             Part.stacked("B", b, roots, [u.b.numel() for u in updates], shares),
         )

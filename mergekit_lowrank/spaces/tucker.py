@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, fix_signs, in_double
+from mergekit_lowrank.lowrank import LowRankUpdate, fix_signs
 from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space, SpaceParams
 from mergekit_lowrank.spaces.core import CoreCoordinates
 
@@ -53,28 +53,17 @@ class TuckerCoordinates(Coordinates):
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float], params: TuckerParams) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
-        first = updates[0].b
-        core = CoreCoordinates([_double(u) for u in updates], weights)
-        cores = core.parts[0].read(slice(None))
-        rank = min(params.subspace_rank or max(u.rank for u in updates), *cores.shape[1:])
-        u, v = _shared_bases(_balanced(cores, params.norm_balance), rank, params.rounds)
-        left, right = _canonical(core.left @ u), _canonical(core.right.T @ v)
-        coordinates = (left.T @ core.left) @ cores @ (core.right @ right)
-        self.left, self.right = left.to(first), right.T.to(first)
-        self.parts = (Part.stacked("tucker", coordinates.to(first), self.weights),)
+        core = CoreCoordinates(updates, weights)
+        rank = min(params.subspace_rank or max(u.rank for u in updates), *core.cores.shape[1:])
+        u, v = _shared_bases(_balanced(core.cores, params.norm_balance), rank, params.rounds)
+        self.left, u_t = fix_signs(core.left @ u.to(core.left), u.T)
+        right, v_t = fix_signs(core.right.T @ v.to(core.right), v.T)
+        self.right = right.T
+        self.parts = (Part.stacked("tucker", (u_t @ core.cores @ v_t.T).to(core.left), self.weights),)
 
     def decode(self, merged: Sequence[Tensor]) -> LowRankUpdate:
         """U · O · Vᵀ."""
         return LowRankUpdate(self.left @ merged[0], self.right)
-
-
-def _double(update: LowRankUpdate) -> LowRankUpdate:
-    return LowRankUpdate(in_double(update.b), in_double(update.a), update.scaling)
-
-
-def _canonical(basis: Tensor) -> Tensor:
-    """The columns with their largest entry positive."""
-    return fix_signs(basis, basis.T)[0]
 
 
 def _balanced(cores: Tensor, balance: float) -> Tensor:

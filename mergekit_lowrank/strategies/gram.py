@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, concatenate, densify, in_double, inner
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, concatenate, densify, in_double, inner_products
 from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy
 
-__all__ = ["GramParams", "GramStrategy", "gram_matrix", "lengths_and_cosines", "over", "row_grams"]
+__all__ = ["GramParams", "GramStrategy", "lengths_and_cosines", "over", "row_grams"]
 
 
 class GramParams(Params):
@@ -63,7 +63,7 @@ class GramStrategy(Strategy):
     def _combined(self, updates: Sequence[LowRankUpdate], context: MergeContext) -> LowRankUpdate:
         match self.params.granularity:
             case "tensor":
-                return concatenate(updates, self.coefficients(gram_matrix(updates), context).tolist())
+                return concatenate(updates, self.coefficients(inner_products(updates), context).tolist())
             case "row":
                 return self._combined_by_row(updates, context)
             case "column":
@@ -95,16 +95,6 @@ def factors_apart(updates: Sequence[LowRankUpdate]) -> tuple[list[LowRankUpdate]
         a.append(LowRankUpdate(unit, update.a, math.copysign(root, update.scaling)))
         b.append(LowRankUpdate(update.b, unit.T, root))
     return a, b
-
-
-def gram_matrix(updates: Sequence[LowRankUpdate]) -> Tensor:
-    """(n, n), float64, on the CPU: <ΔW_s, ΔW_t>_F of all pairs."""
-    n = len(updates)
-    gram = torch.empty(n, n, dtype=torch.float64)
-    for s in range(n):
-        for t in range(s, n):
-            gram[s, t] = gram[t, s] = inner(updates[s], updates[t])
-    return gram
 
 
 def row_grams(updates: Sequence[LowRankUpdate]) -> Iterator[Tensor]:

@@ -57,10 +57,10 @@ class RobustMerge(Strategy):
         for update, weight in zip(updates, context.weights, strict=True):
             pruned = self._pruned(update.a)
             scale = self.component_scales(update.a, pruned)
-            a[: update.rank] += factor * pruned
-            b[:, : update.rank] += self._pruned(update.b) * (scale * (factor * weight * update.scaling))
+            a[: update.rank].add_(pruned, alpha=factor)
+            b[:, : update.rank].addcmul_(self._pruned(update.b), scale, value=factor * weight * update.scaling)
             total += pad(scale, (0, rank - update.rank))
-        return LowRankUpdate(b / total, a)
+        return LowRankUpdate(b.div_(total), a)
 
     def _pruned(self, factor: Tensor) -> Tensor:
         if self.params.density == 1:

@@ -9,12 +9,13 @@ from torch import Tensor
 from mergekit_lowrank.lowrank import (
     JointDecomposition,
     LowRankUpdate,
+    decompositions,
     densify,
     in_double,
     joint_decomposition,
     left_singular_basis,
 )
-from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_qr
+from mergekit_lowrank.lowrank.decompositions import fix_signs, gram, svd, thin_basis, thin_qr
 from mergekit_lowrank.testing import random_update, random_updates
 
 CASES = {
@@ -38,6 +39,58 @@ def test_thin_qr_of_an_empty_matrix_is_empty() -> None:
     assert (tuple(q.shape), tuple(r.shape)) == ((5, 0), (0, 0))
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    d=st.integers(1, 40),
+    n=st.integers(0, 12),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scales=st.sampled_from([1.0, 1e-6]),
+    repeated=st.booleans(),
+    transposed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_thin_basis_is_orthonormal_and_gives_the_matrix_back(
+    d: int, n: int, dtype: torch.dtype, scales: float, repeated: bool, transposed: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, d) if transposed else (d, n)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    matrix = matrix.T if transposed else matrix
+    matrix = matrix * torch.where(torch.arange(n) % 2 == 0, 1.0, scales).to(dtype)  # columns of unlike size
+    if repeated and n > 1:
+        matrix = torch.cat([matrix, matrix[:, :1]], dim=1)
+    basis = thin_basis(matrix)
+    q = basis.times(torch.eye(basis.factor.shape[0]))
+    digits = 50 * torch.finfo(dtype).eps
+    torch.testing.assert_close(q.T @ q, torch.eye(q.shape[1], dtype=dtype), rtol=0, atol=digits)
+    torch.testing.assert_close(q @ basis.factor.to(dtype), matrix, rtol=0, atol=digits * 10)
+    assert q.dtype == dtype
+
+
+def test_columns_that_are_independent_are_not_decomposed_by_householder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decompositions, "thin_qr", lambda _: pytest.fail("took a QR"))
+    matrix = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
+    assert not thin_basis(matrix).is_formed
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6])
+def test_columns_that_nearly_depend_on_others_are_decomposed_by_householder(share: float) -> None:
+    matrix = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    matrix[:, 2] = matrix[:, 0] + share * matrix[:, 1]
+    assert thin_basis(matrix).is_formed
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gram_matrix_adds_up_blocks_of_columns(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (lambda r: (10, r)) if transposed else (lambda r: (r, 10))
+    parts = [torch.randn(shape(rank), generator=generator) for rank in (3, 0, 2)]
+    parts = [part.T if transposed else part for part in parts]
+    monkeypatch.setattr(decompositions, "GRAM_COLUMNS", 4)
+    rows = torch.cat(parts).double()
+    torch.testing.assert_close(gram(parts), rows @ rows.T, rtol=1e-14, atol=1e-14)
+
+
 def test_svd_of_an_empty_matrix_is_empty() -> None:
     u, s, vh = svd(torch.zeros(0, 4))
     assert (tuple(u.shape), tuple(s.shape), tuple(vh.shape)) == ((0, 0), (0,), (0, 4))
@@ -58,6 +111,16 @@ def test_fix_signs_looks_at_the_first_of_several_largest_entries() -> None:
     assert torch.equal(left, torch.tensor([[2.0], [-2.0]]))
 
 
+@settings(deadline=None, max_examples=40)
+@given(d=st.integers(1, 6), n=st.integers(1, 4), seed=st.integers(0, 999))
+def test_fix_signs_makes_the_first_largest_entry_of_every_column_positive(d: int, n: int, seed: int) -> None:
+    # Small integers tie often.
+    matrix = torch.randint(-2, 3, (d, n), generator=torch.Generator().manual_seed(seed)).float()
+    left, right = fix_signs(matrix, torch.eye(n))
+    assert bool((left.gather(0, left.abs().argmax(dim=0, keepdim=True)) >= 0).all())
+    assert torch.equal(left @ right, matrix)
+
+
 def test_fix_signs_leaves_a_zero_column_as_it_is() -> None:
     left, right = fix_signs(torch.zeros(2, 1), torch.ones(1, 3))
     assert torch.equal(left, torch.zeros(2, 1))
@@ -68,19 +131,20 @@ def test_fix_signs_leaves_a_zero_column_as_it_is() -> None:
 @given(d=st.integers(1, 10), n=st.integers(1, 10), seed=st.integers(0, 99))
 def test_the_left_singular_basis_is_orthonormal_and_spans_the_columns(d: int, n: int, seed: int) -> None:
     matrix = random_update(d, n, min(d, n), seed, dtype=torch.float64).b
-    basis = left_singular_basis(matrix)
+    basis, coordinates = left_singular_basis(matrix)
     torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(basis @ (basis.T @ matrix), matrix, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(coordinates, basis.T @ matrix, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(basis @ coordinates, matrix, rtol=1e-10, atol=1e-11)
 
 
 def test_the_left_singular_basis_leaves_out_directions_of_rounding_size() -> None:
     column = torch.tensor([[1.0], [2.0], [3.0]])
-    assert left_singular_basis(torch.cat([column, column], dim=1)).shape == (3, 1)
-    assert left_singular_basis(torch.zeros(3, 2)).shape == (3, 0)
+    assert left_singular_basis(torch.cat([column, column], dim=1))[0].shape == (3, 1)
+    assert left_singular_basis(torch.zeros(3, 2))[0].shape == (3, 0)
 
 
 def test_the_left_singular_basis_comes_in_descending_order_with_positive_peaks() -> None:
-    basis = left_singular_basis(torch.tensor([[0.0, -2.0], [-1.0, 0.0], [0.0, 0.0]]))
+    basis, _ = left_singular_basis(torch.tensor([[0.0, -2.0], [-1.0, 0.0], [0.0, 0.0]]))
     torch.testing.assert_close(basis, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
 
 

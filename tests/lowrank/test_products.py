@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, densify, distance, inner, norm
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, densify, distance, inner, inner_products, norm
 from mergekit_lowrank.lowrank import products as products_module
 from mergekit_lowrank.testing import random_update, random_updates
 
@@ -44,6 +44,19 @@ def test_inner_equals_the_dense_inner_product_for_every_pair_of_kinds(
     for left in kinds(x):
         for right in kinds(y):
             assert inner(left, right) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ranks=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    scaling=st.floats(-4, 4),
+    seed=st.integers(0, 999),
+)
+def test_the_inner_products_of_all_pairs_are_those_of_each_pair(ranks: list[int], scaling: float, seed: int) -> None:
+    scalings = [scaling, *([0.5] * (len(ranks) - 1))]
+    updates = random_updates(7, 9, ranks, seed, scalings=scalings, dtype=torch.float64)
+    expected = torch.stack([torch.stack([(dense(x) * dense(y)).sum() for y in updates]) for x in updates])
+    torch.testing.assert_close(inner_products(updates), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_inner_accumulates_float32_factors_in_float64() -> None:

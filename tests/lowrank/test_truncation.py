@@ -123,7 +123,7 @@ def test_a_cut_above_the_existing_rank_gives_what_there_is() -> None:
 def test_the_largest_entry_of_every_left_vector_is_positive(dense: bool) -> None:
     update = random_update(9, 7, 4, seed=3)
     truncation = factorise(DenseUpdate(densify(update)) if dense else update, 4, generator())
-    left = truncation.left[:, :4]
+    left, _ = truncation.vectors(4)
     peaks = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
     assert bool((peaks > 0).all())
 

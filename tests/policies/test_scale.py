@@ -5,14 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, concatenate, densify
-from mergekit_lowrank.policies import AutoScale, FixedScale, RetentionScale, ScalePolicy, retention
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, concatenate, densify, inner, overlaps
+from mergekit_lowrank.policies import AutoScale, FixedScale, RetentionScale, ScalePolicy, retained
 from mergekit_lowrank.testing import random_update, random_updates
 
 
 def unit(row: int, size: float = 1.0) -> LowRankUpdate:
     """A (3, 2) update with one entry, in the first column."""
     return LowRankUpdate(torch.eye(3)[:, row : row + 1] * size, torch.tensor([[1.0, 0.0]]))
+
+
+def retention(merged: Update, updates: list[LowRankUpdate], weights: list[float]) -> float | None:
+    return retained(overlaps(merged, updates), [inner(u, u) for u in updates], weights)
 
 
 def mean(updates: list[LowRankUpdate], weights: list[float]) -> LowRankUpdate:

@@ -83,7 +83,8 @@ def leading(core: LowRankUpdate, count: int, floor: float) -> Triplets:
     """The leading ``count`` triplets of a core; fewer where fewer of its singular values exceed ``floor``."""
     whole = factorise(core, count, torch.Generator())
     kept = min(count, int((whole.spectrum.values > floor).sum()))
-    return Triplets(whole.left[:, :kept], whole.spectrum.values[:kept].to(whole.left), whole.right[:kept])
+    left, right = whole.vectors(kept)
+    return Triplets(left, whole.spectrum.values[:kept].to(left), right)
 
 
 def orthogonalised(triplets: Sequence[Triplets], rank_tolerance: float) -> tuple[Tensor, Tensor]:
