@@ -62,23 +62,28 @@ def thin_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(matrix.device), r.to(matrix.device)
 
 
-def gram(parts: Sequence[Tensor]) -> Tensor:
+def gram(parts: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
     """(R, R) float64: the inner products of the rows of matrices (r_t, d) on top of each other, R = Σ r_t.
 
-    Accumulated over blocks of columns, which are converted into one buffer that stays in the cache.
+    Summed in float64 over blocks of columns, which are converted into one buffer that stays in the cache.
+
+    Args:
+        parts: the matrices.
+        dtype: of the products within a block. float32 takes half the time and errs by up to 1e-6 of the lengths.
     """
     sizes, length = [part.shape[0] for part in parts], parts[0].shape[1]
-    size, width = (sum(sizes), min(GRAM_COLUMNS, length))
+    size, width = sum(sizes), min(GRAM_COLUMNS, length)
     # A block lies as the matrices do: transposed ones are copied row by row as well.
     is_transposed = parts[0].stride(1) != 1
-    buffer = in_double(parts[0].new_empty((width, size) if is_transposed else (size, width)))
+    buffer = parts[0].new_empty((width, size) if is_transposed else (size, width))
+    buffer = in_double(buffer) if dtype == torch.float64 else buffer.to(dtype)
     buffer = buffer.T if is_transposed else buffer
-    total = buffer.new_zeros(size, size)
+    total = in_double(buffer.new_zeros(size, size))
     for start in range(0, length, GRAM_COLUMNS):
         block = buffer[:, : min(GRAM_COLUMNS, length - start)]
         for rows, part in zip(torch.split(block, sizes), parts, strict=True):
             rows.copy_(part[:, start : start + GRAM_COLUMNS])
-        total.addmm_(block, block.T)
+        total += (block @ block.T).to(total.device)
     return total
 
 
