@@ -16,19 +16,11 @@ from mergekit_lowrank.engine.devices import move
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.formats import DTYPES
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, distance, inner_products
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, compare
 from mergekit_lowrank.policies import Compressed, Scaling, retained
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
-
-CANCELLED = 1e-6
-"""A weighted sum whose norm is below this share of Σ |c|·‖ΔW‖ has cancelled to rounding: an error relative to it means
-nothing."""
-
-DIFFERENCE = 1e-3
-"""‖M − Σ‖² from inner products in float32 is good to about 1e-7 of (‖M‖ + Σ ‖c ΔW‖)². Above this share of it four
-digits are right; below it, the distance is computed for itself."""
 
 __all__ = [
     "MergedInputs",
@@ -66,6 +58,8 @@ class ModuleRecord:
         retention: Σ w<M, ΔW> / Σ |w|<ΔW, ΔW> as written; None for zero inputs.
         relative_error: ‖M − Σ c ΔW‖ / ‖Σ c ΔW‖ as written, c the weights the method aims at times ``scale``; None for a
             zero sum.
+        relative_error_is_estimate: whether it was measured on 64 random inputs of the module, as it is where the joint
+            rank of the inputs is above 256.
         wall_seconds: of its merge, reading apart.
         warnings: what went differently than asked.
     """
@@ -84,6 +78,7 @@ class ModuleRecord:
     scale: float
     retention: float | None
     relative_error: float | None
+    relative_error_is_estimate: bool
     wall_seconds: float
     warnings: tuple[str, ...] = ()
 
@@ -274,7 +269,7 @@ def _is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)  # NaN propagates, and no mask is made
-    return bool(low.isfinite() and high.isfinite())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -300,9 +295,9 @@ def _record(
     written: LowRankUpdate,
     scale: float,
 ) -> dict[str, Any]:
-    table = inner_products([written, *updates], written.dtype)
-    norms = table.diagonal().clamp(min=0).sqrt().tolist()
     aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
+    found = compare(written, updates, aims, keyed_generator(plan.recipe.seed, module.name, "report"))
+    energies = [own * own for own in found.norms]
     return {
         "module": module.name,
         "method": module.group.method,
@@ -313,24 +308,10 @@ def _record(
         "kept_energy": compressed.kept_energy,
         "cut_error": compressed.error,
         "rank_for_99": compressed.spectrum.rank_for(ENERGY_SHARE),
-        "input_norms": tuple(abs(w) * own for own, w in zip(norms[1:], module.weights, strict=True)),
-        "merged_norm": norms[0],
+        "input_norms": tuple(abs(w) * own for own, w in zip(found.norms, module.weights, strict=True)),
+        "merged_norm": found.norm,
         "scale": scale,
-        "retention": retained(table[0, 1:].tolist(), table.diagonal()[1:].tolist(), module.weights),
-        "relative_error": _relative_error(table, written, updates, aims),
+        "retention": retained(found.overlaps, energies, module.weights),
+        "relative_error": found.relative_error,
+        "relative_error_is_estimate": found.is_estimate,
     }
-
-
-def _relative_error(
-    table: Tensor, written: LowRankUpdate, updates: Sequence[LowRankUpdate], aims: Sequence[float]
-) -> float | None:
-    """‖M − Σ c ΔW‖ / ‖Σ c ΔW‖ from the inner products of M and all ΔW; None where the sum has cancelled."""
-    c = torch.tensor([1.0, *(-aim for aim in aims)], dtype=torch.float64)
-    sizes = c.abs() * table.diagonal().clamp(min=0).sqrt()
-    target = math.sqrt(max(float(c[1:] @ table[1:, 1:] @ c[1:]), 0.0))
-    if target <= CANCELLED * float(sizes[1:].sum()):
-        return None
-    squared = float(c @ table @ c)
-    if squared <= DIFFERENCE * float(sizes.sum()) ** 2:  # the digits of a difference of squares are gone
-        return distance(written, updates, aims) / target
-    return math.sqrt(squared) / target

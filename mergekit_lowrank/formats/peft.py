@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -72,7 +73,7 @@ class PeftCheckpoint(Checkpoint):
     def _read_finite(self, key: str) -> Tensor:
         tensor = self._source.read(key)
         low, high = torch.aminmax(tensor)  # NaN propagates; no mask as large as the tensor
-        if not (low.isfinite() and high.isfinite()):
+        if not (math.isfinite(low) and math.isfinite(high)):
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{self._where}: tensor '{key}' holds {count} NaN or infinite values. A merge would spread them: "

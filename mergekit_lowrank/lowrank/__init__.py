@@ -1,5 +1,6 @@
 """Pure low-rank algebra on tensors: no files, no recipes, no strategies."""
 
+from mergekit_lowrank.lowrank.comparison import Comparison, compare
 from mergekit_lowrank.lowrank.decompositions import (
     JointDecomposition,
     fix_signs,
@@ -15,6 +16,7 @@ from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical,
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify, padded_stacks
 
 __all__ = [
+    "Comparison",
     "DenseUpdate",
     "JointDecomposition",
     "LowRankUpdate",
@@ -23,6 +25,7 @@ __all__ = [
     "Truncation",
     "Update",
     "canonical",
+    "compare",
     "concatenate",
     "densify",
     "distance",

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergekit_lowrank.lowrank import LowRankUpdate, compare, concatenate, densify
+from mergekit_lowrank.lowrank import comparison as comparison_module
+from mergekit_lowrank.testing import random_update, random_updates
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def dense_error(merged: LowRankUpdate, updates: list[LowRankUpdate], coefficients: list[float]) -> float:
+    total = sum(c * densify(u) for c, u in zip(coefficients, updates, strict=True))
+    return float((densify(merged) - total).norm() / total.norm())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    coefficient=st.floats(0.1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_every_measure_is_that_of_the_dense_deltas(
+    ranks: list[int], coefficient: float, dtype: torch.dtype, seed: int
+) -> None:
+    merged, *updates = random_updates(17, 13, [2, *ranks], seed, scalings=[0.5] * (len(ranks) + 1), dtype=dtype)
+    coefficients = [coefficient] * len(updates)
+    found = compare(merged, updates, coefficients, generator())
+    digits = 1e-4 if dtype == torch.float32 else 1e-9
+    size = float(densify(merged).norm()) * max(float(densify(u).norm()) for u in updates)
+    assert found.norm == pytest.approx(float(densify(merged).norm()), rel=digits)
+    assert found.norms == pytest.approx([float(densify(u).norm()) for u in updates], rel=digits)
+    products = [float((densify(merged) * densify(u)).sum()) for u in updates]
+    assert found.overlaps == pytest.approx(products, rel=digits, abs=digits * size)
+    assert found.relative_error == pytest.approx(dense_error(merged, updates, coefficients), rel=digits)
+    assert not found.is_estimate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_error_of_an_exact_sum_is_at_the_level_of_rounding(dtype: torch.dtype) -> None:
+    updates = random_updates(60, 50, [4, 4, 4], dtype=dtype)
+    found = compare(concatenate(updates, [1.0, 0.5, 2.0]), updates, [1.0, 0.5, 2.0], generator())
+    assert found.relative_error is not None
+    assert found.relative_error < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-3, 1e-1])
+def test_a_small_error_keeps_three_digits_in_float32(noise: float) -> None:
+    updates = random_updates(600, 500, [16] * 4)
+    total = concatenate(updates, [1.0] * 4)
+    merged = LowRankUpdate(total.b + noise * random_update(600, 500, 64, 9).b, total.a)
+    exact = [LowRankUpdate(u.b.double(), u.a.double(), u.scaling) for u in [merged, *updates]]
+    found = compare(merged, updates, [1.0] * 4, generator())
+    assert found.relative_error == pytest.approx(dense_error(exact[0], exact[1:], [1.0] * 4), rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", [0, 256])
+def test_a_sum_that_cancels_has_no_relative_error(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison_module, "EXACT_JOINT_RANK", limit)
+    update = random_update(30, 20, 4)
+    assert compare(update, [update, update], [1.0, -1.0], generator()).relative_error is None
+
+
+def test_above_the_joint_rank_limit_the_error_is_measured_on_random_inputs() -> None:
+    updates = random_updates(400, 300, [16] * 17)
+    merged = concatenate(updates[:8], [1.0] * 8)
+    found = compare(merged, updates, [1.0] * 17, generator())
+    assert found.is_estimate
+    assert found.relative_error == pytest.approx(dense_error(merged, updates, [1.0] * 17), rel=0.05)
+    assert found == compare(merged, updates, [1.0] * 17, generator())
+    assert found.norms == pytest.approx([float(densify(u).norm()) for u in updates], rel=1e-4)
