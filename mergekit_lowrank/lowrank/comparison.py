@@ -21,8 +21,8 @@ DIFFERENCE = 1e-3
 """‖M − Σ‖² from inner products in float32 is good to about 1e-7 of (‖M‖ + Σ ‖c ΔW‖)². Above this share of it four
 digits are right; below it, the distance is computed for itself."""
 EXACT_JOINT_RANK = 256
-"""Up to this joint rank R the norm of the sum is exact. It takes all pairs of inputs, O(R² · d), which beyond would cost
-more than most merges: there the error is measured on random inputs."""
+"""Up to this joint rank R the norm of the sum is exact. It takes all pairs of inputs, O(R² · d): more than most merges
+cost, beyond. There the error is measured on random inputs."""
 PROBES = 64
 """Random inputs beyond that joint rank: on trained adapters the estimate is within 2 % of itself on average, 7 % at
 worst."""
