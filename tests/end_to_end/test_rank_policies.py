@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank import Adapter, RecipeError, Reporter, SurveyRound, merge
 from mergekit_lowrank.formats import tensor_names
-from mergekit_lowrank.lowrank import truncation
+from mergekit_lowrank.lowrank import krylov, truncation
 from mergekit_lowrank.recipe import load_recipe
 from mergekit_lowrank.report import closing_lines
 from mergekit_lowrank.testing import random_update, write_tiny_adapter
@@ -272,11 +272,11 @@ class TestRounds:
         self, tmp_path, monkeypatch
     ) -> None:
         monkeypatch.setattr(truncation, "EXACT_SIDE", 4)
-        monkeypatch.setattr(truncation, "OVERSAMPLING", 2)
-        modules = {"layers.0.q": (64, 48), "layers.1.q": (64, 48)}
+        monkeypatch.setattr(krylov, "OVERSAMPLING", 2)
+        modules = {"layers.0.q": (64, 60), "layers.1.q": (64, 60)}
         paths = [write_tiny_adapter(tmp_path / str(seed), modules, rank=2, seed=seed) for seed in (1, 2)]
         rules = [{"match": "layers.0", "scale": 0.01}]
-        size = (1 + 12) * 4 * (64 + 48)  # one direction for the small module, the other twelve for the large one
+        size = (1 + 12) * 4 * (64 + 60)  # one direction for the small module, the other twelve for the large one
         rounds = Rounds()
         recipe = recipe_of(paths, "ties", parameters={"density": 0.5}, rules=rules, output=budget(size))
         report = merge(recipe, tmp_path / "out", reporters=[rounds])

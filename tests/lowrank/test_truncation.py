@@ -182,6 +182,27 @@ def test_the_randomised_path_is_the_same_for_the_same_generator() -> None:
     assert torch.equal(first.a, second.a)
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)], ids=["tall", "wide"])
+def test_the_randomised_path_finds_all_where_its_space_is_the_whole_side(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(truncation_module, "EXACT_SIDE", 4)
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    truncation = factorise(DenseUpdate(delta), 30, generator())
+    assert truncation.spectrum.complete
+    torch.testing.assert_close(densify(truncation.cut(40)), delta)
+    torch.testing.assert_close(truncation.spectrum.values.float(), torch.linalg.svdvals(delta))
+
+
+@pytest.mark.parametrize("shape", [(1000, 900), (900, 1000)], ids=["tall", "wide"])
+def test_the_randomised_path_fixes_signs_by_the_left_vectors(shape: tuple[int, int]) -> None:
+    left, right = factorise(decaying(*shape, 1.0), 16, generator()).vectors(16)
+    peaks = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
+    assert bool((peaks > 0).all())
+    torch.testing.assert_close(left.T @ left, torch.eye(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(right @ right.T, torch.eye(16), rtol=0, atol=1e-5)
+
+
 def test_the_randomised_path_takes_a_zero_delta() -> None:
     truncation = factorise(DenseUpdate(torch.zeros(800, 790)), 4, generator())
     assert torch.equal(densify(truncation.cut(4)), torch.zeros(800, 790))
