@@ -11,7 +11,7 @@ from mergekit_lowrank.lowrank.decompositions import (
     svd,
 )
 from mergekit_lowrank.lowrank.products import distance, inner, inner_products, norm, overlaps
-from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes
+from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes, order_statistics
 from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify, padded_stacks
 
@@ -39,6 +39,7 @@ __all__ = [
     "kth_magnitudes",
     "left_singular_basis",
     "norm",
+    "order_statistics",
     "overlaps",
     "padded_stacks",
     "polar_factor",

@@ -93,7 +93,7 @@ class ThinBasis:
 
     Attributes:
         columns: (d, k): Q itself, or the matrix, which is Q · factor.
-        factor: (k, n) float64, upper triangular; a small one is on the CPU.
+        factor: (k, n) float64, upper triangular; on the CPU where the device has no float64 (MPS).
         is_formed: whether ``columns`` is Q.
     """
 
@@ -124,9 +124,10 @@ def thin_basis(matrix: Tensor) -> ThinBasis:
     Source: CholeskyQR; Yamamoto et al. 2015 (ETNA 44), section 3: Q is orthonormal to cond² · ε.
     """
     if matrix.dtype == torch.float32 and 0 < matrix.shape[1] <= matrix.shape[0]:
-        factor = _cholesky(_where_it_pays(gram([matrix.T])))
+        products = gram([matrix.T])
+        factor = _cholesky(_where_it_pays(products))
         if factor is not None:
-            return ThinBasis(matrix, factor, is_formed=False)
+            return ThinBasis(matrix, factor.to(products.device), is_formed=False)
     q, r = thin_qr(in_double(matrix))
     return ThinBasis(q.to(matrix), r, is_formed=True)
 
@@ -173,7 +174,7 @@ def fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     for tied in (highest == lowest).nonzero().flatten().tolist():
         column = left[:, tied]
         signs[tied] = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
-    return left * signs, right * signs.unsqueeze(1)
+    return left * signs, right * signs.to(right).unsqueeze(1)
 
 
 def left_singular_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,21 @@ finds the same value over blocks that are never held together, in two passes for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from itertools import groupby
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["RadixSelection", "kth_magnitude", "kth_magnitudes"]
+__all__ = ["RadixSelection", "kth_magnitude", "kth_magnitudes", "order_statistics"]
 
 DIGIT_BITS = 16
-IN_MEMORY_ENTRIES = 1 << 20
-"""Up to this many magnitudes, over all inputs, are gathered and partitioned at once: no more than one block holds."""
+IN_MEMORY_ENTRIES = 1 << 21
+"""Up to this many magnitudes, over all inputs, are gathered and partitioned at once (8 MiB in float32)."""
 SAMPLE_ENTRIES = 1 << 16
 """Entries of the sample that the bracket is taken from, about."""
 SAMPLED_BLOCKS_STEP = 4
@@ -31,6 +32,7 @@ MARGIN_SHARE = 0.01
 """Added to it, since blocks of rows differ from each other."""
 
 Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+Values: TypeAlias = npt.NDArray[np.floating[Any]]
 _INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -41,7 +43,8 @@ def _bits(values: Tensor) -> Bits:
 
 
 def _float(pattern: int, dtype: torch.dtype) -> float:
-    return float(torch.tensor(pattern, dtype=_INTEGER_OF[dtype]).view(dtype))
+    single = dtype == torch.float32
+    return float(np.array(pattern, np.int32 if single else np.int64).view(np.float32 if single else np.float64))
 
 
 def kth_magnitude(values: Tensor, k: int) -> float:
@@ -89,10 +92,10 @@ class RadixSelection:
     def count(self, values: Tensor) -> npt.NDArray[np.int64]:
         """How many of ``values`` share the prefix, by their next digit: (65536,). Counts of blocks add up."""
         bits = _bits(values)
-        shift = DIGIT_BITS * (self.levels - 1 - self.level)
+        place = self.levels - 1 - self.level
         if self.level:
-            bits = bits[bits >> (shift + DIGIT_BITS) == self.prefix]
-        digits = (bits >> shift) & ((1 << DIGIT_BITS) - 1)
+            bits = bits[bits >> DIGIT_BITS * (place + 1) == self.prefix]
+        digits = bits.view(np.uint16).reshape(-1, self.levels)[:, place]
         return np.bincount(digits, minlength=1 << DIGIT_BITS)
 
     def narrowed(self, counts: npt.NDArray[np.int64]) -> RadixSelection:
@@ -110,88 +113,127 @@ Blocks = Callable[[int], Iterable[Tensor]]
 def kth_magnitudes(blocks: Blocks, ks: Sequence[int], entries: int, dtype: torch.dtype) -> list[float]:
     """For each of n stacked inputs the k-th smallest magnitude over all blocks, exactly.
 
-    Few entries are gathered. Of many, a sample gives a bracket that the answer almost surely lies in, one pass counts
-    what is below it and gathers what is inside; radix passes find the rare answer that is outside.
-
     Args:
         blocks: the entries.
         ks: n ranks, 1-indexed; 0 gives 0.0.
         entries: of one input, over all blocks.
         dtype: of the blocks, float32 or float64.
     """
-    if not any(k > 0 for k in ks):
-        return [0.0] * len(ks)
-    if entries * len(ks) <= IN_MEMORY_ENTRIES:
-        gathered = torch.cat([block.flatten(1) for block in blocks(1)], dim=1)
-        return [kth_magnitude(values, k) for values, k in zip(gathered, ks, strict=True)]
-    found = _by_bracket(blocks, ks, entries, dtype)
-    missed = [t for t, value in enumerate(found) if value is None]
-    by_radix = dict(zip(missed, _by_radix(blocks, missed, [ks[t] for t in missed], dtype), strict=True))
-    return [by_radix[t] if value is None else value for t, value in enumerate(found)]
+
+    def magnitudes(step: int) -> Iterator[Tensor]:
+        return (block.abs() for block in blocks(step))
+
+    return [found for (found,) in order_statistics(magnitudes, [(k,) for k in ks], entries, dtype)]
 
 
-def _by_radix(blocks: Blocks, inputs: Sequence[int], ks: Sequence[int], dtype: torch.dtype) -> list[float]:
-    """The k-th magnitudes of some of the inputs, one digit a pass."""
-    selections = [RadixSelection(dtype, k) for k in ks]
+def order_statistics(
+    blocks: Blocks, ranks: Sequence[Sequence[int]], entries: int, dtype: torch.dtype
+) -> list[tuple[float, ...]]:
+    """For each of n stacked inputs the entries of these ranks over all blocks, exactly.
+
+    Few entries are gathered. Of many, a sample gives a bracket that each answer almost surely lies in, one pass counts
+    what is below it and gathers what is inside; radix passes find the rare answer that is outside.
+
+    Args:
+        blocks: the entries, none of them negative; they may be overwritten.
+        ranks: for each input its ranks, counted from the smallest (1-indexed); 0 gives 0.0.
+        entries: of one input, over all blocks.
+        dtype: of the blocks, float32 or float64.
+    """
+    wanted = [_Wanted(t, k) for t, ks in enumerate(ranks) for k in sorted({*ks}) if k > 0]
+    if not wanted:
+        found: Iterable[float | None] = []
+    elif entries * len(ranks) <= IN_MEMORY_ENTRIES:
+        found = _gathered(blocks, wanted)
+    else:
+        found = _by_bracket(blocks, wanted, entries)
+    known = dict(zip(wanted, found, strict=True))
+    missed = [want for want, value in known.items() if value is None]
+    known |= dict(zip(missed, _by_radix(blocks, missed, dtype), strict=True))
+    return [tuple(known.get(_Wanted(t, k)) or 0.0 for k in ks) for t, ks in enumerate(ranks)]
+
+
+class _Wanted(NamedTuple):
+    """The entry of rank ``k`` of one input."""
+
+    input: int
+    k: int
+
+
+def _gathered(blocks: Blocks, wanted: Sequence[_Wanted]) -> Iterator[float]:
+    """From all blocks at once."""
+    held = list(blocks(1))
+    for t, group in groupby(wanted, key=lambda want: want.input):
+        pieces = [block[t].flatten() for block in held]
+        values = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        places = [want.k - 1 for want in group]
+        bits = values.view(_INTEGER_OF[values.dtype]).cpu().numpy()
+        bits.partition(places)
+        yield from (_float(int(bits[place]), values.dtype) for place in places)
+
+
+def _by_radix(blocks: Blocks, wanted: Sequence[_Wanted], dtype: torch.dtype) -> list[float]:
+    """One digit a pass."""
+    selections = [RadixSelection(dtype, want.k) for want in wanted]
     while not all(selection.done for selection in selections):
         counts = [np.zeros(1 << DIGIT_BITS, np.int64) for _ in selections]
         for block in blocks(1):
-            for selection, count, t in zip(selections, counts, inputs, strict=True):
-                if not selection.done:
-                    count += selection.count(block[t])
-        selections = [s if s.done else s.narrowed(c) for s, c in zip(selections, counts, strict=True)]
+            for selection, count, want in zip(selections, counts, wanted, strict=True):
+                count += selection.count(block[want.input])
+        selections = [s.narrowed(c) for s, c in zip(selections, counts, strict=True)]
     return [selection.value for selection in selections]
 
 
-def _joined(pieces: Sequence[Bits]) -> Bits:
-    joined: Bits = np.concatenate(pieces)
-    return joined
+def _by_bracket(blocks: Blocks, wanted: Sequence[_Wanted], entries: int) -> list[float | None]:
+    """From one pass, after that of the sample; None where an answer lies outside its bracket."""
+    samples = _samples(blocks, max(1, entries // (SAMPLED_BLOCKS_STEP * SAMPLE_ENTRIES)) | 1)
+    brackets = [_Bracket(samples[want.input], want.k / entries) for want in wanted]
+    for block in blocks(1):
+        values = _flat(block)
+        for bracket, want in zip(brackets, wanted, strict=True):
+            bracket.add(values[want.input])
+    return [bracket.select(want.k) for bracket, want in zip(brackets, wanted, strict=True)]
+
+
+def _samples(blocks: Blocks, stride: int) -> Values:
+    """(n, …): every so many-th entry of some of the blocks, each input's sorted."""
+    samples = np.concatenate([_flat(block)[:, ::stride] for block in blocks(SAMPLED_BLOCKS_STEP)], axis=1)
+    samples.sort(axis=1)
+    return samples
+
+
+def _flat(block: Tensor) -> Values:
+    """(n, …)."""
+    values: Values = block.flatten(1).cpu().numpy()
+    return values
 
 
 class _Bracket:
-    """Two bit patterns, how many entries lie below and at them, and the entries between them."""
+    """An open interval around a quantile; how many entries lie up to its lower end, and those inside it."""
 
-    def __init__(self, sample: Bits, share: float) -> None:
-        sample.sort()
+    def __init__(self, sample: Values, share: float) -> None:
         margin = MARGIN_DEVIATIONS * (share * (1 - share) / sample.size) ** 0.5 + MARGIN_SHARE
-        positions = [int(sample.size * (share - margin)), int(sample.size * (share + margin))]
-        self.low = int(sample[positions[0]]) if positions[0] > 0 else 0
-        last = int(np.iinfo(sample.dtype).max)
-        self.high = int(sample[positions[1]]) if positions[1] < sample.size else last
-        self.below = self.at_low = self.up_to_high = 0
-        self.inside: list[Bits] = []
+        first, last = int(sample.size * (share - margin)), int(sample.size * (share + margin))
+        number = sample.dtype.type  # a comparison with another type would convert every entry
+        self._low = sample[first] if first > 0 else number(-1)
+        self._high = sample[last] if last < sample.size else number(np.inf)
+        self._up_to_low = 0
+        self._inside: list[Values] = []
 
-    def add(self, bits: Bits) -> None:
+    def add(self, values: Values) -> None:
         """Count and gather one block."""
-        above, under = bits > self.low, bits < self.high
-        self.below += int(np.count_nonzero(bits < self.low))
-        self.at_low += int(np.count_nonzero(~above))
-        self.up_to_high += int(np.count_nonzero(bits <= self.high))
-        self.inside.append(bits[above & under])
+        inside = values > self._low
+        self._up_to_low += values.size - int(np.count_nonzero(inside))
+        inside &= values < self._high
+        self._inside.append(values.take(np.flatnonzero(inside)))  # twice as fast as values[inside] where few are
 
-    def select(self, k: int) -> int | None:
-        """The pattern of the k-th smallest magnitude; None where it lies outside."""
-        if not self.below < k <= self.up_to_high:
+    def select(self, k: int) -> float | None:
+        """The k-th smallest entry; None where it lies outside."""
+        place = k - self._up_to_low - 1
+        if place < 0:
+            return 0.0 if self._low == 0 else None
+        inside = np.concatenate(self._inside)
+        if place >= inside.size:
             return None
-        if k <= self.at_low:
-            return self.low
-        inside = _joined(self.inside)
-        if k > self.at_low + inside.size:
-            return self.high
-        inside.partition(k - self.at_low - 1)
-        return int(inside[k - self.at_low - 1])
-
-
-def _by_bracket(blocks: Blocks, ks: Sequence[int], entries: int, dtype: torch.dtype) -> list[float | None]:
-    stride = max(1, entries // (SAMPLED_BLOCKS_STEP * SAMPLE_ENTRIES)) | 1
-    samples: list[list[Bits]] = [[] for _ in ks]
-    for block in blocks(SAMPLED_BLOCKS_STEP):
-        for sample, values in zip(samples, block, strict=True):
-            sample.append(_bits(values.flatten()[::stride]))
-    brackets = [_Bracket(_joined(s), k / entries) for s, k in zip(samples, ks, strict=True)]
-    for block in blocks(1):
-        for bracket, values, k in zip(brackets, block, ks, strict=True):
-            if k > 0:
-                bracket.add(_bits(values))
-    patterns = [bracket.select(k) if k > 0 else 0 for bracket, k in zip(brackets, ks, strict=True)]
-    return [None if pattern is None else _float(pattern, dtype) for pattern in patterns]
+        inside.partition(place)
+        return float(inside[place])

@@ -110,6 +110,7 @@ def concatenate(updates: Sequence[LowRankUpdate], coefficients: Sequence[float])
 def padded_stacks(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor]:
     """Both factors of n updates as stacks (n, d_out, r) and (n, r, d_in), zero-padded to the largest rank r; copies."""
     rank = max(u.rank for u in updates)
-    b = torch.stack([pad(u.b, (0, rank - u.rank)) for u in updates])
-    a = torch.stack([pad(u.a, (0, 0, 0, rank - u.rank)) for u in updates])
+    missing = [rank - u.rank for u in updates]
+    b = torch.stack([pad(u.b, (0, more)) if more else u.b for u, more in zip(updates, missing, strict=True)])
+    a = torch.stack([pad(u.a, (0, 0, 0, more)) if more else u.a for u, more in zip(updates, missing, strict=True)])
     return b, a

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, kth_magnitudes
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, order_statistics
 
 __all__ = ["Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"]
 
-BLOCK_ENTRIES = 1 << 20
-"""Entries of one block over all inputs (4 MiB in float32): fixed, so that results do not depend on a memory budget."""
+BLOCK_ENTRIES = 1 << 19
+"""Entries of one block over all inputs (2 MiB in float32, a core's cache): fixed, so that results do not depend on a
+memory budget."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Part:
         dtype: of the blocks.
         device: of the blocks.
         read: gives the (n, …) block of a slice along ``axis``; called as often as a strategy needs passes. A block may
-            be a view of stored coordinates: it must not be modified.
+            be a view of stored coordinates: it must not be modified unless ``is_computed``.
         shares: n coefficients that a weighted mean divides by; None where they are ``weights``. In ``factors`` the
             weights hold the adapters' scalings, which must not cancel in a mean.
+        is_computed: whether each read makes its block anew.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Part:
     device: torch.device
     read: Callable[[slice], Tensor]
     shares: tuple[float, ...] | None = None
+    is_computed: bool = False
 
     @classmethod
     def stacked(
@@ -121,12 +124,20 @@ class Part:
         """The coordinates in order, each block (n, …); with ``step`` only every so many-th block."""
         return map(self.read, self.slices()[::step])
 
-    def kth_magnitudes(self, ranks: Sequence[int]) -> list[float]:
-        """For each input the magnitude of this rank, counted from the smallest (1-indexed), exactly; 0.0 for rank 0.
+    def own(self, block: Tensor) -> Tensor:
+        """A block as memory of its own, which may be overwritten."""
+        return block if self.is_computed else block.clone(memory_format=torch.contiguous_format)
+
+    def magnitudes(self, step: int = 1) -> Iterator[Tensor]:
+        """|x| in place of the coordinates, otherwise as ``blocks``."""
+        return (block.abs_() if self.is_computed else block.abs() for block in self.blocks(step))
+
+    def magnitudes_at(self, ranks: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """For each input the magnitudes of its ranks, counted from the smallest (1-indexed), exactly; 0.0 for rank 0.
 
         Padding counts among the entries, as zeros.
         """
-        return kth_magnitudes(self.blocks, ranks, self.entries, self.dtype)
+        return order_statistics(self.magnitudes, ranks, self.entries, self.dtype)
 
     def merged(self, merge: Callable[[Tensor], Tensor]) -> Tensor:
         """(rows, columns): ``merge`` applied to each block, (n, …) → (…), and put together."""

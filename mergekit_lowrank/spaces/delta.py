@@ -42,7 +42,8 @@ class DeltaCoordinates(Coordinates):
         entries = first.shape[0] * first.shape[1]
         sizes = (entries,) * len(self.updates)
         rows = _Rows(self.updates)
-        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, first.b.dtype, first.b.device, rows),)
+        dtype, device = first.b.dtype, first.b.device
+        self.parts = (Part("delta", first.shape, self.weights, sizes, 0, dtype, device, rows, is_computed=True),)
 
     def decode(self, merged: Sequence[Tensor]) -> DenseUpdate:
         """The merged matrix is the update."""

@@ -58,7 +58,7 @@ class JointCoordinates(Coordinates):
         def columns(where: slice) -> Tensor:
             return torch.bmm(cores, bases[:, :, where])
 
-        return Part("joint", shape, self.weights, sizes, 1, cores.dtype, cores.device, columns)
+        return Part("joint", shape, self.weights, sizes, 1, cores.dtype, cores.device, columns, is_computed=True)
 
     def decode(self, merged: Sequence[Tensor]) -> LowRankUpdate:
         """U · merged: an adapter of rank k already."""

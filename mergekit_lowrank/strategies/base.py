@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -51,8 +52,11 @@ def per_input(default: float, **constraints: Any) -> Any:
 
 def keyed_generator(*key: object) -> torch.Generator:
     """A CPU generator whose stream depends on ``key`` alone: not on order, device, threads or the hash seed."""
-    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(_digest(key)[:8], "little") >> 1)
+
+
+def _digest(key: Sequence[object]) -> bytes:
+    return hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,15 @@ class MergeContext:
 
     def generator(self, position: int, *purpose: object) -> torch.Generator:
         """Random numbers for the participant at ``position``, keyed by (seed, module, input, purpose)."""
+        return keyed_generator(*self._key(position, *purpose))
+
+    def random_words(self, position: int, *purpose: object) -> np.random.SFC64:
+        """The same as a stream of raw 64-bit words (``random_raw``), which numpy keeps the same over its versions."""
+        return np.random.SFC64(int.from_bytes(_digest(self._key(position, *purpose)), "little"))
+
+    def _key(self, position: int, *purpose: object) -> tuple[object, ...]:
         who = self.labels[position] if self.labels else self.participants[position]
-        return keyed_generator(self.seed, self.module, who, *purpose)
+        return (self.seed, self.module, who, *purpose)
 
 
 class Survey(ABC):
@@ -122,7 +133,7 @@ class Strategy(ABC):
         Params: its parameters.
         spaces: the built-in spaces it works in, its default first.
         space_defaults: parameters of a space whose defaults this method changes.
-        is_random: whether it draws random numbers (from ``context.generator`` only).
+        is_random: whether it draws random numbers (from ``context.generator`` or ``context.random_words`` only).
         is_order_free: whether permuted inputs give the same result, to rounding.
         min_inputs: how many models a recipe must at least give.
         max_inputs: how many at most; None for any number.

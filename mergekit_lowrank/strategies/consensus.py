@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from mergekit_lowrank.spaces import Part
 from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params, column, per_input
+from mergekit_lowrank.strategies.stages import weighted_sum
 
 __all__ = ["Consensus"]
 
@@ -41,13 +43,15 @@ class Consensus(ElementwiseStrategy):
         """One pass: every entry decides for itself."""
         weights = column(part.weights, part)
         thresholds = column(context.each(self.params, "mask_threshold"), part)
+        ones = torch.ones_like(weights)
         enough = min(self.params.agreement, part.inputs)
 
         def merge(block: Tensor) -> Tensor:
-            own = block * weights
-            total = own.sum(dim=0)
-            matters = own.abs() > thresholds * (total - own).abs()
-            return total * (matters.sum(dim=0) >= enough)
+            own = part.own(block).mul_(weights)
+            total = weighted_sum(own, ones)
+            others = (total - own).abs_().mul_(thresholds)
+            matters = torch.gt(own.abs_(), others, out=others)
+            return total.mul_(torch.ge(weighted_sum(matters, ones), enough, out=torch.empty_like(total)))
 
         return part.merged(merge)
 

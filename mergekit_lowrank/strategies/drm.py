@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
-from mergekit_lowrank.lowrank import Update, kth_magnitudes
+from mergekit_lowrank.lowrank import Update, order_statistics
 from mergekit_lowrank.spaces import Coordinates, JointCoordinates, Part
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy, column
-from mergekit_lowrank.strategies.stages import (
-    disjoint_mean,
-    elect_sign,
-    has_cancelled_votes,
-    keep_agreeing,
-    trim_by_magnitude,
-)
+from mergekit_lowrank.strategies.sparse import Election
+from mergekit_lowrank.strategies.stages import disjoint_mean, nonzeros, trim_by_magnitude, weighted_sum
 
 __all__ = ["Drm"]
 
@@ -66,27 +63,30 @@ class Drm(Strategy):
     def _threshold(self, unit: Part) -> float:
         entries = unit.inputs * unit.entries
         rank = 0 if self.params.density == 1 else entries - round(entries * self.params.density)
-        # All inputs together: one stack of one.
-        return kth_magnitudes(lambda step: (b.unsqueeze(0) for b in unit.blocks(step)), [rank], entries, unit.dtype)[0]
+
+        def together(step: int) -> Iterator[Tensor]:
+            return (block.unsqueeze(0) for block in unit.magnitudes(step))
+
+        ((threshold,),) = order_statistics(together, [[rank]], entries, unit.dtype)
+        return threshold
 
     def _merged(self, unit: Part, sigma: Tensor, threshold: float) -> Tensor:
+        election = Election()
+        merged = self._elected(unit, sigma, threshold, election)
+        if election.cancelled and election.total <= 0:
+            majority = -1 if election.total else 0
+            merged = self._elected(unit, sigma, threshold, Election(undecided=majority))
+        return merged
+
+    def _elected(self, unit: Part, sigma: Tensor, threshold: float, election: Election) -> Tensor:
         weights = column(unit.weights, unit)
         limits = [threshold] * unit.inputs
-        total, cancelled = 0, False
 
-        def merge(block: Tensor, zero_sign: int = 0) -> Tensor:
-            nonlocal total, cancelled
-            scaled = trim_by_magnitude(block, limits).mul_(sigma)
-            sign = elect_sign(scaled)
-            total += int(sign.sum(dtype=torch.int64))
-            cancelled = cancelled or has_cancelled_votes(scaled, sign)
-            agreeing = keep_agreeing(scaled, sign.add_((sign == 0) * zero_sign)).mul_(weights)
+        def merge(block: Tensor) -> Tensor:
+            own = unit.own(block)
+            sign, agreeing = election.hold(trim_by_magnitude(own, limits, out=own).mul_(sigma))
             if self.params.disjoint_mean:
-                return disjoint_mean(agreeing, torch.ones_like(weights), torch.ones_like(weights))
-            return agreeing.sum(dim=0) / unit.inputs
+                return disjoint_mean(agreeing, weights, nonzeros(weights), out=agreeing).mul_(sign)
+            return weighted_sum(agreeing, weights / unit.inputs).mul_(sign)
 
-        merged = unit.merged(merge)
-        if cancelled and total:
-            majority = 1 if total > 0 else -1
-            merged = unit.merged(lambda block: merge(block, majority))
-        return merged
+        return unit.merged(merge)

@@ -8,6 +8,7 @@ from torch import Tensor
 from mergekit_lowrank.lowrank import Update, concatenate
 from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import MergeContext, Preset
+from mergekit_lowrank.strategies.stages import weighted_sum
 from mergekit_lowrank.strategies.sums import SumParams, WeightedSum
 
 __all__ = ["PRESETS", "Linear"]
@@ -42,7 +43,7 @@ class Linear(WeightedSum):
 
     def merge_block(self, block: Tensor, weights: Tensor, context: MergeContext) -> Tensor:
         """Σ_t w_t x_t."""
-        return (block * weights).sum(dim=0)
+        return weighted_sum(block, weights)
 
     def returns_single_input(self) -> bool:
         """Always."""

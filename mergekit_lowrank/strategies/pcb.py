@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from mergekit_lowrank.strategies.base import (
     per_input,
 )
 from mergekit_lowrank.strategies.sparsify import Scope
+from mergekit_lowrank.strategies.stages import weighted_sum, zeros
 from mergekit_lowrank.strategies.thresholds import ThresholdSurvey, thresholds_of
 
 __all__ = ["Pcb"]
@@ -62,12 +63,13 @@ class Pcb(ElementwiseStrategy):
         limits = survey.scores.of(part, context) if survey else self._limits(self.scored(part, bounds), context)
         lowest, highest = _columns(limits, part)
         weights = column(part.weights, part)
+        ones = torch.ones_like(weights)
 
         def merge(block: Tensor) -> Tensor:
             shares = _rescaled(_scores(block, *bounds), lowest, highest)
-            values = _winsorized(block, bounds) * weights
-            total = shares.sum(dim=0)
-            return (values * shares).sum(dim=0) / torch.where(total > 0, total, 1)
+            total = weighted_sum(shares, ones)
+            values = _winsorized(block, *bounds).copysign_(block).mul_(shares)
+            return weighted_sum(values, weights).div_(total.add_(zeros(total)))
 
         return part.merged(merge)
 
@@ -77,7 +79,7 @@ class Pcb(ElementwiseStrategy):
         )
         return _columns(found, part)
 
-    def _limits(self, scored: Part, context: MergeContext) -> list[Sequence[float]]:
+    def _limits(self, scored: Part, context: MergeContext) -> list[tuple[float, ...]]:
         return thresholds_of(scored, context, self.params, self.score_ranks)
 
     def bound_ranks(self, size: int, density: float) -> tuple[int, int]:
@@ -93,7 +95,7 @@ class Pcb(ElementwiseStrategy):
     def scored(self, part: Part, bounds: tuple[Tensor, Tensor]) -> Part:
         """The part with the positive part of the scores in place of the coordinates."""
         lowest, highest = bounds
-        return replace(part, read=lambda where: _scores(part.read(where), lowest, highest))
+        return replace(part, read=lambda where: _scores(part.read(where), lowest, highest), is_computed=True)
 
     def survey(self) -> Survey | None:
         """Model-wide bounds and thresholds where ``scope`` asks for them."""
@@ -108,20 +110,25 @@ def _columns(limits: Iterable[Iterable[float]], part: Part) -> tuple[Tensor, Ten
 def _scores(block: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """S·X of every entry, over the constant eⁿ; an entry that opposes the sum has no score."""
     spread = highest - lowest
-    strength = (block.abs().clamp(lowest, highest) - lowest) / torch.where(spread > 0, spread, 1)
-    intra = torch.exp((strength.square() - 1) * block.shape[0])
-    return intra.mul_(torch.tanh(block * block.sum(dim=0)).relu_())
+    strength = _winsorized(block, lowest, highest).sub_(lowest).div_(torch.where(spread > 0, spread, 1))
+    intra = strength.square_().sub_(1).mul_(len(block)).exp_()
+    return intra.mul_((block * weighted_sum(block, torch.ones_like(spread))).tanh_().relu_())
 
 
 def _rescaled(scores: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Scores as shares: 0 up to ``lowest``, 1 at ``highest``; where these are one score, 1 at it, but for score 0."""
     spread = highest - lowest
     shares = (scores - lowest).relu_().div_(torch.where(spread > 0, spread, 1))
+    if bool((spread > 0).all()):
+        return shares
     return torch.where((spread > 0) | (scores < highest) | (highest == 0), shares, 1)
 
 
-def _winsorized(block: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
-    return block.sign() * block.abs().clamp(*bounds)
+def _winsorized(block: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """The magnitudes, drawn in to the bounds."""
+    magnitudes = block.abs()
+    torch.maximum(magnitudes, lowest, out=magnitudes)
+    return torch.minimum(magnitudes, highest, out=magnitudes)
 
 
 class PcbSurvey(Survey):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import kth_magnitudes
 from mergekit_lowrank.spaces import Part
 from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params, column
-from mergekit_lowrank.strategies.stages import elect_sign, keep_agreeing
+from mergekit_lowrank.strategies.sparse import Election
+from mergekit_lowrank.strategies.stages import nonzeros, weighted_sum
 
 __all__ = ["Sce"]
 
@@ -47,17 +45,16 @@ class Sce(ElementwiseStrategy):
     def merge_part(self, part: Part, context: MergeContext) -> Tensor:
         """Passes for the variance threshold and the energies, then one to merge."""
         threshold = self._threshold(part)
-        energies = sum(_selected(block, threshold).square().sum(dim=(1, 2)).double() for block in part.blocks())
+        energies = sum(_energies(_selected(part.own(block), threshold)) for block in part.blocks())
         shares = _shares(torch.as_tensor(energies)).to(part.dtype).view(-1, 1, 1)
         weights = column(part.weights, part)
-        own = weights if part.shares is None else column(part.shares, part)
+        divisor = shares * column(part.shares or part.weights, part).abs()
 
         def merge(block: Tensor) -> Tensor:
-            weighted = _selected(block, threshold) * weights
-            sign = elect_sign(weighted)
-            agreeing = keep_agreeing(weighted, sign + (sign == 0))
-            divisor = (agreeing.sign().abs() * own.abs() * shares).sum(dim=0)
-            return (agreeing * shares).sum(dim=0) / divisor.clamp(min=SMALLEST_DIVISOR)
+            sign, agreeing = Election().hold(_selected(part.own(block), threshold).mul_(weights))
+            total = weighted_sum(agreeing, shares).mul_(sign)
+            count = weighted_sum(nonzeros(agreeing, out=agreeing), divisor)
+            return total.div_(count.clamp_(min=SMALLEST_DIVISOR))
 
         return part.merged(merge)
 
@@ -70,23 +67,34 @@ class Sce(ElementwiseStrategy):
         if self.params.select_topk == 1:
             return 0.0
 
-        def variances(step: int) -> Iterator[Tensor]:
-            return (_variance(block).unsqueeze(0) for block in part.blocks(step))
-
-        differing = sum(int(variance.count_nonzero()) for variance in variances(1))
+        variances = part.merged(_variance)
+        differing = int(variances.count_nonzero())
         kept = int(differing * self.params.select_topk)
         rank = part.entries - max(kept, 1) + 1 if differing else 0
-        return kth_magnitudes(variances, [rank], part.entries, part.dtype)[0]
+        ((threshold,),) = Part.stacked("variance", variances.unsqueeze(0), [1.0]).magnitudes_at([[rank]])
+        return threshold
 
 
 def _variance(block: Tensor) -> Tensor:
-    """Over the inputs, by their number."""
-    return block.var(dim=0, unbiased=False)
+    """Over the inputs, by their number; exactly zero where all are equal."""
+    shifted = block - block[0]
+    each = shifted.new_full((len(block),), 1 / len(block))
+    mean = weighted_sum(shifted, each)
+    return weighted_sum(shifted.square_(), each).sub_(mean.square_())
 
 
 def _selected(block: Tensor, threshold: float) -> Tensor:
-    """The entries whose variance reaches the threshold, the others zero."""
-    return block * (_variance(block) >= threshold) if threshold else block
+    """The entries whose variance reaches the threshold, the others zero. The block is overwritten."""
+    if not threshold:
+        return block
+    variance = _variance(block)
+    return block.mul_(torch.ge(variance, threshold, out=variance))
+
+
+def _energies(block: Tensor) -> Tensor:
+    """The sum of squares of each input."""
+    norms: Tensor = torch.linalg.vector_norm(block.flatten(1), dim=1)
+    return norms.double().square()
 
 
 def _shares(energies: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from mergekit_lowrank.strategies.stages import (
     disjoint_max,
     disjoint_mean,
     elect_sign,
-    has_cancelled_votes,
-    keep_agreeing,
+    weighted_sum,
+    zeros,
 )
 from mergekit_lowrank.strategies.sums import SumParams, WeightedSum
 from mergekit_lowrank.strategies.thresholds import ThresholdSurvey
 
-__all__ = ["ElectedStrategy", "ElectionParams", "SparseStrategy", "SparseSum"]
+__all__ = ["ElectedStrategy", "Election", "ElectionParams", "SparseStrategy", "SparseSum"]
 
 
 class SparseStrategy(ElementwiseStrategy):
@@ -64,7 +64,7 @@ class SparseSum(SparseStrategy, WeightedSum):
         """One pass, after those of the sparsifier."""
         trim = self.sparsify.prepared(part, context)()
         weights = column(part.weights, part)
-        return part.merged(lambda block: trim(block).mul_(weights).sum(dim=0))
+        return part.merged(lambda block: weighted_sum(trim(part.own(block)), weights))
 
 
 class ElectionParams(Params):
@@ -104,13 +104,12 @@ class ElectedStrategy(SparseStrategy):
     def merge_part(self, part: Part, context: MergeContext) -> Tensor:
         """One pass to merge; another only where votes cancel and the majority is negative."""
         start = self.sparsify.prepared(part, context)
-        survey = context.survey
-        if isinstance(survey, ThresholdSurvey):
-            return self._merged(part, start(), survey.majority, SignTally())
-        tally = SignTally()
-        merged = self._merged(part, start(), 1, tally)
-        if tally.cancelled and self.params.zero_sign == "majority" and tally.total <= 0:
-            merged = self._merged(part, start(), -1, SignTally())
+        if isinstance(context.survey, ThresholdSurvey):
+            return self._merged(part, start(), Election(self.params.elect, context.survey.majority))
+        election = Election(self.params.elect)
+        merged = self._merged(part, start(), election)
+        if election.cancelled and self.params.zero_sign == "majority" and election.total <= 0:
+            merged = self._merged(part, start(), Election(self.params.elect, -1))
         return merged
 
     def survey(self) -> Survey | None:
@@ -121,53 +120,64 @@ class ElectedStrategy(SparseStrategy):
         return survey
 
     def _signs(self, part: Part, context: MergeContext) -> int:
-        trim, tally = self.sparsify.prepared(part, context)(), SignTally()
-        for block in part.blocks():
-            kept = trim(block)
-            tally.add(kept, self._elected(part, kept))
-        return tally.total
+        votes, _ = self._votes(part, self.sparsify.prepared(part, context)())
+        return sum(int(elect_sign(votes(part.own(block)), self.params.elect).sum()) for block in part.blocks())
 
-    def _elected(self, part: Part, kept: Tensor) -> Tensor:
-        """(…), 0 where the votes cancel or are absent."""
-        votes = kept * column(part.weights, part) if self.params.weighted_election else kept
-        return elect_sign(votes, self.params.elect)
-
-    def _merged(self, part: Part, trim: Trim, zero_sign: int, tally: SignTally) -> Tensor:
+    def _votes(self, part: Part, trim: Trim) -> tuple[Trim, Tensor]:
+        """What is kept as it votes, and the weights (n, 1, 1) that are not in it yet."""
         weights = column(part.weights, part)
+        # Equal weights elect what no weights elect.
+        if not self.params.weighted_election or min(part.weights) == max(part.weights) > 0:
+            return trim, weights
+        return lambda block: trim(block).mul_(weights), torch.ones_like(weights)
+
+    def _merged(self, part: Part, trim: Trim, election: Election) -> Tensor:
+        votes, weights = self._votes(part, trim)
         combine = self._combination(part, weights)
+        return part.merged(lambda block: combine(*election.hold(votes(part.own(block)))))
 
-        def merge(block: Tensor) -> Tensor:
-            kept = trim(block)
-            sign = self._elected(part, kept)
-            tally.add(kept, sign)
-            sign = sign.add_((sign == 0) * zero_sign)
-            # A weighted election compares the sign of w·x, an unweighted one that of x.
-            own_sign = sign * weights.sign() if self.params.weighted_election else sign
-            return combine(keep_agreeing(kept, own_sign))
-
-        return part.merged(merge)
-
-    def _combination(self, part: Part, weights: Tensor) -> Callable[[Tensor], Tensor]:
-        """What makes one entry of those that agree."""
-        shares = weights if part.shares is None else column(part.shares, part)
-        divisor = {"absolute_weights": shares.abs(), "weights": shares, "count": torch.ones_like(weights)}
+    def _combination(self, part: Part, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """What makes one entry of the elected sign and the magnitudes that agree with it."""
+        shares = column(part.shares or part.weights, part)
+        divisor = {"absolute_weights": shares.abs(), "weights": shares, "count": torch.ones_like(shares)}
         match self.params.disjoint:
             case "mean":
-                return lambda agreeing: disjoint_mean(agreeing, weights, divisor[self.params.divisor])
+                divisors = divisor[self.params.divisor]
+                return lambda sign, agreeing: disjoint_mean(agreeing, weights, divisors, out=agreeing).mul_(sign)
             case "sum":
-                return lambda agreeing: (agreeing * weights).sum(dim=0)
+                return lambda sign, agreeing: weighted_sum(agreeing, weights).mul_(sign)
             case "max":
-                return lambda agreeing: disjoint_max(agreeing * weights)
+                return lambda sign, agreeing: disjoint_max(agreeing.mul_(sign).mul_(weights))
 
 
 @dataclass
-class SignTally:
-    """Elected signs of a part: their sum, and whether votes cancelled anywhere."""
+class Election:
+    """Elects the signs of a part, block by block.
 
+    Attributes:
+        method: what is summed, as in ``elect_sign``.
+        undecided: the sign where votes cancel.
+        total: the sum of the elected signs so far.
+        cancelled: whether votes have cancelled anywhere.
+    """
+
+    method: Literal["total", "frequency"] = "total"
+    undecided: int = 1
     total: int = 0
     cancelled: bool = False
 
-    def add(self, kept: Tensor, sign: Tensor) -> None:
-        """Count the signs of one block."""
-        self.total += int(sign.sum(dtype=torch.int64))
-        self.cancelled = self.cancelled or has_cancelled_votes(kept, sign)
+    def hold(self, votes: Tensor) -> tuple[Tensor, Tensor]:
+        """The sign (…) of each entry and the magnitudes (n, …) of the votes that have it, the others zero.
+
+        Args:
+            votes: (n, …); zero means "does not vote". They are overwritten.
+        """
+        sign = elect_sign(votes, self.method)
+        self.total += int(sign.sum())  # exact: a block has fewer entries than float32 counts
+        undecided = zeros(sign)
+        sign.add_(undecided, alpha=self.undecided)
+        agreeing = votes.mul_(sign).relu_()
+        if not self.cancelled and undecided.sum() > 0:
+            votes_kept = weighted_sum(agreeing, agreeing.new_ones(len(agreeing)))
+            self.cancelled = bool(torch.dot(votes_kept.flatten(), undecided.flatten()) > 0)
+        return sign, agreeing

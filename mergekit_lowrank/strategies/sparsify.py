@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 Trim: TypeAlias = Callable[[Tensor], Tensor]
-"""Gives what is kept of a block (n, …), a new tensor; called for every block of a part, in order."""
+"""Gives what is kept of a block (n, …), which it may overwrite; called for every block of a part, in order."""
 
 
 class SparsifierParams(Params):
@@ -81,7 +82,7 @@ def _norm_ratios(part: Part, trim: Trim) -> list[float]:
     after = torch.zeros(part.inputs, dtype=torch.float64)
     for block in part.blocks():
         before += _l1(block)
-        after += _l1(trim(block))
+        after += _l1(trim(part.own(block)))
     return [float(b / a) if a > 0 and b > 0 else 1.0 for b, a in zip(before, after, strict=True)]
 
 
@@ -102,14 +103,14 @@ class ThresholdTrim(Sparsifier):
 
     @abstractmethod
     def trim(self, block: Tensor, thresholds: Sequence[Sequence[float]]) -> Tensor:
-        """What is kept of a block (n, …), given the thresholds of each of the n inputs."""
+        """What is kept of a block (n, …), which may be overwritten, given the thresholds of each of the n inputs."""
 
     def start(self, part: Part, context: MergeContext) -> Callable[[], Trim]:
         """The same trim for every pass."""
         thresholds = self._thresholds(part, context)
         return lambda: lambda block: self.trim(block, thresholds)
 
-    def _thresholds(self, part: Part, context: MergeContext) -> list[Sequence[float]]:
+    def _thresholds(self, part: Part, context: MergeContext) -> list[tuple[float, ...]]:
         if isinstance(context.survey, ThresholdSurvey):
             return context.survey.of(part, context)
         return thresholds_of(part, context, self.params, self.ranks)
@@ -168,7 +169,7 @@ class MagnitudeTrim(ThresholdTrim):
 
     def trim(self, block: Tensor, thresholds: Sequence[Sequence[float]]) -> Tensor:
         """Entries at or above the threshold."""
-        return trim_by_magnitude(block, [lowest for (lowest,) in thresholds])
+        return trim_by_magnitude(block, [lowest for (lowest,) in thresholds], out=block)
 
 
 class OutlierParams(SparsifierParams):
@@ -201,7 +202,7 @@ class OutlierTrim(ThresholdTrim):
     def trim(self, block: Tensor, thresholds: Sequence[Sequence[float]]) -> Tensor:
         """Entries between the two thresholds, both included."""
         lowest, highest = zip(*thresholds, strict=True)
-        return trim_outliers(trim_by_magnitude(block, lowest), highest)
+        return trim_outliers(trim_by_magnitude(block, lowest, out=block), highest, out=block)
 
 
 Rescale = Literal["probability", "norm", "none"]
@@ -234,13 +235,13 @@ class RandomDrop(Sparsifier):
         densities = context.each(self.params, "density")
 
         def fresh() -> Trim:
-            generators = [context.generator(t, part.name) for t in range(part.inputs)]
+            streams = [context.random_words(t, part.name) for t in range(part.inputs)]
 
             def trim(block: Tensor) -> Tensor:
                 probabilities = self.probabilities(block, column(densities, part), part.axis)
-                uniform = torch.stack(
-                    [torch.rand(x.shape, generator=g) for x, g in zip(block, generators, strict=True)]
-                )
+                uniform = torch.empty(block.shape)
+                for stream, numbers in zip(streams, uniform, strict=True):
+                    _draw(stream, numbers if part.axis == 0 else numbers.T)
                 return drop_and_rescale(
                     block, probabilities, uniform.to(part.device), rescale=self.params.rescale == "probability"
                 )
@@ -253,6 +254,14 @@ class RandomDrop(Sparsifier):
         """The probability with which each entry of a block (n, …) is kept; here the density of its input."""
         del block, axis
         return densities
+
+
+def _draw(words: np.random.SFC64, lines: Tensor) -> None:
+    """Write random multiples of 2⁻²⁴ in [0, 1); each line takes whole words, so that it gets the same in any block."""
+    count, length = lines.shape
+    drawn = words.random_raw(count * -(-length // 2)).view(np.uint32).reshape(count, -1)[:, :length]
+    drawn >>= 8
+    lines.copy_(torch.from_numpy(drawn.view(np.int32))).mul_(2**-24)
 
 
 class RankedDropParams(DropParams):
@@ -280,5 +289,5 @@ class RankedDrop(RandomDrop):
 
     def probabilities(self, block: Tensor, densities: Tensor, axis: int) -> Tensor:
         """From density − ε to density + ε along each row, by rank; 1 where the density is 1."""
-        spread = (2 * magnitude_ranks(block, dim=2 - axis) - 1) * self.params.epsilon
-        return torch.where(densities == 1, 1.0, (densities + spread).clamp_(0, 1))
+        spread = magnitude_ranks(block, dim=2 - axis).mul_(2).sub_(1).mul_(self.params.epsilon)
+        return torch.maximum(spread.add_(densities).clamp_(0, 1), (densities == 1).to(densities))

@@ -5,51 +5,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
 __all__ = [
     "disjoint_max",
     "disjoint_mean",
     "drop_and_rescale",
     "elect_sign",
-    "has_cancelled_votes",
     "keep_agreeing",
     "magnitude_ranks",
+    "nonzeros",
     "trim_by_magnitude",
     "trim_outliers",
+    "weighted_sum",
+    "zeros",
 ]
 
+# Which operators these are made of decides their speed: a comparison that gives numbers, hardshrink and a product of
+# matrices run at the pace of memory; booleans, torch.where and reductions over the inputs take up to ten times as long.
 
-def trim_by_magnitude(values: Tensor, thresholds: Sequence[float]) -> Tensor:
+
+def weighted_sum(values: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ_t c_t x_t.
+
+    Args:
+        values: (n, …).
+        coefficients: n numbers, in any shape.
+    """
+    rows = coefficients.reshape(1, -1)
+    return (rows @ values.reshape(rows.shape[1], -1)).view(values.shape[1:])
+
+
+def nonzeros(values: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """1 where an entry is not zero, else 0, in the type of the entries."""
+    return torch.ne(values, 0, out=torch.empty_like(values) if out is None else out)
+
+
+def zeros(values: Tensor) -> Tensor:
+    """1 where an entry is zero, else 0, in the type of the entries."""
+    return torch.eq(values, 0, out=torch.empty_like(values))
+
+
+def trim_by_magnitude(values: Tensor, thresholds: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """The entries with |x| ≥ threshold, the others zero. Every entry that equals the threshold stays.
 
     Args:
         values: (n, …).
         thresholds: one for each input; 0 keeps all.
+        out: what to write to, perhaps ``values`` itself.
     """
-    # hardshrink zeroes |x| ≤ λ in one pass over memory; a comparison and a selection take ten times as long.
-    if len(set(thresholds)) == 1:
-        return hardshrink(values, _below(thresholds[0], values.dtype))
-    return torch.stack([hardshrink(x, _below(t, x.dtype)) for x, t in zip(values, thresholds, strict=True)])
+    kept = torch.empty_like(values) if out is None else out
+    for x, threshold, target in zip(values, thresholds, kept, strict=True):
+        torch.hardshrink(x, _below(threshold, x.dtype), out=target)
+    return kept
 
 
-def _below(threshold: float, dtype: torch.dtype) -> float:
-    """The largest number of this type below the threshold."""
-    number = torch.tensor(threshold, dtype=dtype)
-    return float(torch.nextafter(number, torch.tensor(-torch.inf, dtype=dtype)))
-
-
-def trim_outliers(values: Tensor, thresholds: Sequence[float]) -> Tensor:
+def trim_outliers(values: Tensor, thresholds: Sequence[float], *, out: Tensor | None = None) -> Tensor:
     """The entries with |x| ≤ threshold, the others zero. Every entry that equals the threshold stays.
 
     Args:
         values: (n, …).
         thresholds: one for each input.
+        out: what to write to, perhaps ``values`` itself.
     """
-    highest = torch.tensor(thresholds, dtype=values.dtype, device=values.device)
-    return values * (values.abs() <= highest.view(-1, *[1] * (values.ndim - 1)))
+    kept = torch.empty_like(values) if out is None else out
+    for x, threshold, target in zip(values, thresholds, kept, strict=True):
+        torch.sub(x, torch.hardshrink(x, threshold), out=target)
+    return kept
+
+
+def _below(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of this type below the threshold."""
+    number = np.float32 if dtype == torch.float32 else np.float64
+    return float(np.nextafter(number(threshold), number(-np.inf)))
 
 
 def magnitude_ranks(values: Tensor, dim: int) -> Tensor:
@@ -60,10 +90,13 @@ def magnitude_ranks(values: Tensor, dim: int) -> Tensor:
     magnitudes = values.abs().movedim(dim, -1).contiguous()
     count = magnitudes.shape[-1]
     steps = torch.arange(count, dtype=values.dtype, device=values.device).expand_as(magnitudes)
-    ranks = torch.empty_like(magnitudes).scatter_(-1, _ascending(magnitudes), steps)
-    zeros = (magnitudes == 0).sum(dim=-1, keepdim=True)
-    last = count - zeros - 1
-    return torch.where(last > 0, (ranks - zeros).clamp_(min=0) / last.clamp(min=1), 0.5).movedim(-1, dim)
+    silent = zeros(magnitudes).sum(dim=-1, keepdim=True)
+    ranks = magnitudes.scatter_(-1, _ascending(magnitudes), steps)
+    last = count - 1 - silent
+    ranks.sub_(silent).clamp_(min=0).div_(last.clamp(min=1))
+    if bool((last <= 0).any()):
+        ranks.masked_fill_(last <= 0, 0.5)
+    return ranks.movedim(-1, dim)
 
 
 def _ascending(magnitudes: Tensor) -> Tensor:
@@ -71,10 +104,12 @@ def _ascending(magnitudes: Tensor) -> Tensor:
     if magnitudes.dtype != torch.float32 or magnitudes.device.type != "cpu":
         return magnitudes.argsort(dim=-1, stable=True)
     # Bit patterns order as the numbers do: pattern and place in one integer sort five times as fast as argsort.
-    places = torch.arange(magnitudes.shape[-1])
-    keys = (magnitudes.view(torch.int32).long() << 32 | places).numpy()
+    keys = magnitudes.view(torch.int32).numpy().astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(magnitudes.shape[-1])
     keys.sort(axis=-1)
-    return torch.from_numpy(keys) & 0xFFFFFFFF
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(keys)
 
 
 def drop_and_rescale(values: Tensor, probabilities: Tensor, uniform: Tensor, *, rescale: bool = True) -> Tensor:
@@ -88,8 +123,8 @@ def drop_and_rescale(values: Tensor, probabilities: Tensor, uniform: Tensor, *, 
 
     Source: DARE (Yu et al. 2023, arXiv:2311.03099), section 3.2.
     """
-    kept = values * (uniform < probabilities)
-    return kept.div_(torch.where(probabilities > 0, probabilities, 1)) if rescale else kept
+    kept = torch.lt(uniform, probabilities, out=torch.empty_like(values)).mul_(values)
+    return kept.div_(zeros(probabilities).add_(probabilities)) if rescale else kept
 
 
 def elect_sign(values: Tensor, method: Literal["total", "frequency"] = "total") -> Tensor:
@@ -105,17 +140,7 @@ def elect_sign(values: Tensor, method: Literal["total", "frequency"] = "total") 
     Source: TIES-Merging (Yadav et al. 2023, arXiv:2306.01708), section 3, elect; peft names the methods.
     """
     votes = values if method == "total" else values.sign()
-    return votes.sum(dim=0).sign()
-
-
-def has_cancelled_votes(values: Tensor, sign: Tensor) -> bool:
-    """Whether an entry that some input votes on has the elected sign 0: votes that cancel exactly.
-
-    Args:
-        values: (n, …), already trimmed.
-        sign: (…), entries in {-1, 0, +1}.
-    """
-    return bool((values.abs().amax(dim=0) * (sign == 0)).any())
+    return weighted_sum(votes, votes.new_ones(len(votes))).sign_()
 
 
 def keep_agreeing(values: Tensor, sign: Tensor) -> Tensor:
@@ -128,19 +153,20 @@ def keep_agreeing(values: Tensor, sign: Tensor) -> Tensor:
     return (values * sign).relu_().mul_(sign)
 
 
-def disjoint_mean(values: Tensor, weights: Tensor, divisor: Tensor) -> Tensor:
+def disjoint_mean(values: Tensor, weights: Tensor, divisor: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Σ_t w_t x_t over a divisor that counts kept entries only; zero where the divisor is zero.
 
     Args:
         values: (n, …), trimmed and agreeing; zero means "not kept".
         weights: (n, 1, …), what each input is multiplied by.
         divisor: (n, 1, …), what each kept entry adds to the divisor: 1 for a mean, its weight for a weighted mean.
+        out: memory to work in, perhaps ``values`` itself.
 
     Source: TIES-Merging (arXiv:2306.01708), section 3, disjoint merge.
     """
-    total = (values * weights).sum(dim=0)
-    count = values.sign().abs_().mul_(divisor).sum(dim=0)
-    return total.div_(count.add_(count == 0))
+    total = weighted_sum(values, weights)
+    count = weighted_sum(nonzeros(values, out=out), divisor)
+    return total.div_(count.add_(zeros(count)))
 
 
 def disjoint_max(contributions: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ SignCount = Callable[[Part, MergeContext], int]
 SIGNS = "signs"
 
 
-def thresholds_of(part: Part, context: MergeContext, params: Params, ranks: Ranks) -> list[Sequence[float]]:
+def thresholds_of(part: Part, context: MergeContext, params: Params, ranks: Ranks) -> list[tuple[float, ...]]:
     """The thresholds of each input in one part, exactly.
 
     Args:
@@ -36,9 +36,7 @@ def thresholds_of(part: Part, context: MergeContext, params: Params, ranks: Rank
     own = [_ranks_among(size, density, ranks) for size, density in zip(part.sizes, densities, strict=True)]
     # Padding reads as zeros, below all that is the input's own.
     padding = [part.entries - size for size in part.sizes]
-    padded = [[k + pad if k else 0 for k in ks] for ks, pad in zip(own, padding, strict=True)]
-    found = [part.kth_magnitudes(ks) for ks in zip(*padded, strict=True)]
-    return list(zip(*found, strict=True))
+    return part.magnitudes_at([[k + pad if k else 0 for k in ks] for ks, pad in zip(own, padding, strict=True)])
 
 
 def _ranks_among(size: int, density: float, ranks: Ranks) -> Sequence[int]:
@@ -73,7 +71,7 @@ class ThresholdSurvey(Survey):
         """Digit counts of each input in each part."""
         return Tally({key: found for part in parts for key, found in self._digits(part, context).items()})
 
-    def of(self, part: Part, context: MergeContext) -> list[Sequence[float]]:
+    def of(self, part: Part, context: MergeContext) -> list[tuple[float, ...]]:
         """The thresholds of the inputs that have the module."""
         found = self.thresholds[part.name]
         return [found[t] for t in context.participants]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_lowrank.lowrank import RadixSelection, kth_magnitude, kth_magnitudes
 from mergekit_lowrank.lowrank import selection as selection_module
+from mergekit_lowrank.lowrank.selection import order_statistics
 
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
 SPECIAL = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-38, 1.0, -1.0, 1.0, 3.4e38, -2.0])
@@ -145,6 +146,34 @@ def test_an_answer_that_the_sample_misses_is_found_by_radix_passes(
     values = torch.randn(1, 40, 10, generator=torch.Generator().manual_seed(3), dtype=dtype)
     values[:, ::4] *= 1e6
     assert kth_magnitudes(rows(values, 1), [k], 400, dtype) == [sorted_magnitude(values, k)]
+
+
+@pytest.mark.parametrize("limit", [1 << 24, 0], ids=["gathered", "bracket"])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_several_ranks_of_an_input_are_found_together(limit: int, data: st.DataObject) -> None:
+    values = data.draw(values_of(torch.float32)).abs()
+    both = torch.stack([values, values.flip(0) / 2])
+    ranks = data.draw(st.lists(st.tuples(*[st.integers(0, values.numel())] * 3), min_size=2, max_size=2))
+    width = data.draw(st.integers(1, 9))
+
+    def blocks(step: int) -> Iterator[Tensor]:
+        return (block.clone() for block in rows(both, width)(step))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selection_module, "IN_MEMORY_ENTRIES", limit)
+        found = order_statistics(blocks, ranks, values.numel(), torch.float32)
+    expected = [tuple(sorted_magnitude(own, k) for k in ks) for own, ks in zip(both, ranks, strict=True)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("limit", [1 << 24, 0], ids=["gathered", "bracket"])
+def test_the_entries_are_not_overwritten(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(selection_module, "IN_MEMORY_ENTRIES", limit)
+    values = stacked(1, torch.float32)
+    before = values.clone()
+    kth_magnitudes(rows(values, 10), [5, 6, 7], 70, torch.float32)
+    assert torch.equal(values, before)
 
 
 def test_nothing_is_read_where_no_rank_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

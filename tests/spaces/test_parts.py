@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.spaces import BLOCK_ENTRIES, DeltaSpace, JointParams, JointSpace, Part, SpaceParams
 from mergekit_lowrank.spaces import base as base_module
 from mergekit_lowrank.testing import random_updates
@@ -63,7 +64,7 @@ def test_block_boundaries_depend_on_shapes_only() -> None:
     for seed, dtype, scale in ((0, torch.float32, 1.0), (1, torch.float64, -3.0)):
         updates = random_updates(1500, 900, [2, 2], seed, scalings=[scale, scale], dtype=dtype)
         boundaries.append(list(space.encode(updates, [scale, 1.0]).parts[0].slices()))
-    assert len(boundaries[0]) == 3
+    assert len(boundaries[0]) == 6
     assert boundaries[0] == boundaries[1]
 
 
@@ -87,6 +88,32 @@ def test_every_so_many_th_block_is_given_where_a_step_is_asked_for(monkeypatch: 
     monkeypatch.setattr(base_module, "BLOCK_ENTRIES", 21)
     found = torch.cat(list(stacked().blocks(4)), dim=1)
     assert torch.equal(found, torch.arange(210.0).view(3, 10, 7)[:, ::4])
+
+
+@pytest.mark.parametrize("name", ["factors", "delta", "joint", "core", "tucker"])
+def test_what_a_reader_does_to_a_block_of_its_own_is_not_seen_by_the_next(name: str) -> None:
+    space = Registry().spaces[name]
+    for part in space(space.Params()).encode(random_updates(9, 8, [2, 3]), [1.0, 1.0]).parts:
+        before = [block.clone() for block in part.blocks()]
+        for block in part.blocks():
+            own = part.own(block)
+            assert own.is_contiguous()
+            own.fill_(torch.nan)
+        assert all(torch.equal(a, b) for a, b in zip(before, part.blocks(), strict=True))
+
+
+def test_only_stored_blocks_are_copied_to_be_overwritten() -> None:
+    (computed,) = DeltaSpace(SpaceParams()).encode(random_updates(9, 8, [2, 3]), [1.0, 1.0]).parts
+    for part in (computed, stacked()):
+        (block,) = part.blocks()
+        assert (part.own(block) is block) == part.is_computed
+
+
+def test_magnitudes_leave_the_coordinates_as_they_are() -> None:
+    part = Part.stacked("core", torch.tensor([[[1.0, -2.0], [-3.0, 4.0]]]), [1.0])
+    assert torch.equal(torch.cat(list(part.magnitudes())), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    assert part.magnitudes_at([(1, 4, 0)]) == [(1.0, 4.0, 0.0)]
+    assert part.read(slice(None))[0, 0, 1] == -2.0
 
 
 def test_an_empty_part_merges_to_an_empty_matrix() -> None:

@@ -91,3 +91,14 @@ def test_a_keyed_generator_gives_the_same_numbers_on_every_machine() -> None:
 def test_a_preset_in_a_space_that_its_strategy_does_not_support_is_refused() -> None:
     with pytest.raises(StrategyError, match="preset 'x': 'drm' does not work in space 'delta'; it supports joint"):
         Preset("x", Drm, "summary", space="delta")
+
+
+def test_random_words_are_keyed_as_generators_are_and_never_change() -> None:
+    def words(label: str, *purpose: object, seed: int = 0) -> list[int]:
+        context = MergeContext("m", (0,), (1.0,), 1.0, seed=seed, labels=(label,))
+        return [int(word) for word in context.random_words(0, *purpose).random_raw(2)]
+
+    first = words("math", "A")
+    assert first == [11379472367459825781, 14648854619278515736]
+    others = [words("code", "A"), words("math", "B"), words("math"), words("math", "A", seed=1)]
+    assert first not in others

@@ -195,10 +195,19 @@ def test_masks_do_not_depend_on_the_size_of_blocks(
     torch.testing.assert_close(densify(merge_updates(strategy, DELTA, updates)), expected)
 
 
+@pytest.mark.parametrize("entries", [1, 30, 64])
+def test_masks_of_columns_do_not_depend_on_the_size_of_blocks(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = random_updates(9, 7, [2, 3], dtype=torch.float64)
+    strategy, space = DareLinear(DareLinear.Params()), JointSpace(JointParams())
+    expected = densify(merge_updates(strategy, space, updates))
+    monkeypatch.setattr(spaces_base, "BLOCK_ENTRIES", entries)
+    torch.testing.assert_close(densify(merge_updates(strategy, space, updates)), expected)
+
+
 def test_the_masks_of_a_seed_never_change() -> None:
     found = merged(DareLinear, torch.ones(8, 32), density=0.5)
     digest = hashlib.sha256((found != 0).numpy().tobytes()).hexdigest()
-    assert digest == "cd341bdcb38a5f692f36027a90db72a27da7859c4c86d309f198226259284f3d"
+    assert digest == "8a46b204b56e4fe723ace8838098decbe78d641c729781737ab8a7b37ac3cd60"
 
 
 def test_a_and_b_have_masks_of_their_own() -> None:
