@@ -9,7 +9,7 @@ import torch
 from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.lowrank import LowRankUpdate
 
-__all__ = ["move", "select_device"]
+__all__ = ["move", "prepare", "select_device"]
 
 
 def select_device(name: str) -> torch.device:
@@ -30,6 +30,12 @@ def select_device(name: str) -> torch.device:
     if (device.index or 0) >= found[device.type]:
         raise RecipeError(f"device '{name}' was asked for, but this machine has {found[device.type]} of its kind")
     return device
+
+
+def prepare(device: torch.device) -> None:
+    """Load what several threads would load at once: torch's first CUDA decomposition fails if it is not alone."""
+    if device.type == "cuda":
+        torch.linalg.inv(torch.ones(1, 1, device=device))
 
 
 def move(updates: Sequence[LowRankUpdate], device: torch.device, dtype: torch.dtype) -> list[LowRankUpdate]:

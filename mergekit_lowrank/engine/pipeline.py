@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from mergekit_lowrank.engine.budgeting import spend_budget
+from mergekit_lowrank.engine.devices import prepare
 from mergekit_lowrank.engine.merging import ModuleRecord, merge_module, read_updates
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.engine.sinks import Sink
@@ -43,6 +44,7 @@ def run_plan(
     Raises:
         MergeError: whatever an input, a strategy or the disk does wrong. Modules in flight are waited for.
     """
+    prepare(device)
     rounds = Rounds(plan, executor, tell)
     with ExitStack() as stack:
         if plan.budget_bytes is None:

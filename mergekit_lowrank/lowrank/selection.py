@@ -91,12 +91,23 @@ class RadixSelection:
 
     def count(self, values: Tensor) -> npt.NDArray[np.int64]:
         """How many of ``values`` share the prefix, by their next digit: (65536,). Counts of blocks add up."""
-        bits = _bits(values)
         place = self.levels - 1 - self.level
+        if values.device.type == "cuda":
+            return self._counted_there(values, place)
+        bits = _bits(values)
         if self.level:
             bits = bits[bits >> DIGIT_BITS * (place + 1) == self.prefix]
         digits = bits.view(np.uint16).reshape(-1, self.levels)[:, place]
         return np.bincount(digits, minlength=1 << DIGIT_BITS)
+
+    def _counted_there(self, values: Tensor, place: int) -> npt.NDArray[np.int64]:
+        """The same on the device of the values: only the counts leave it."""
+        bits = values.abs().flatten().view(_INTEGER_OF[values.dtype])
+        if self.level:
+            bits = bits[bits >> DIGIT_BITS * (place + 1) == self.prefix]
+        digits = (bits >> DIGIT_BITS * place) & ((1 << DIGIT_BITS) - 1)
+        counts: npt.NDArray[np.int64] = torch.bincount(digits, minlength=1 << DIGIT_BITS).cpu().numpy()
+        return counts
 
     def narrowed(self, counts: npt.NDArray[np.int64]) -> RadixSelection:
         """The selection with one digit more, from the counts of all blocks."""
@@ -189,23 +200,17 @@ def _by_bracket(blocks: Blocks, wanted: Sequence[_Wanted], entries: int) -> list
     samples = _samples(blocks, max(1, entries // (SAMPLED_BLOCKS_STEP * SAMPLE_ENTRIES)) | 1)
     brackets = [_Bracket(samples[want.input], want.k / entries) for want in wanted]
     for block in blocks(1):
-        values = _flat(block)
         for bracket, want in zip(brackets, wanted, strict=True):
-            bracket.add(values[want.input])
+            bracket.add(block[want.input].flatten())
     return [bracket.select(want.k) for bracket, want in zip(brackets, wanted, strict=True)]
 
 
 def _samples(blocks: Blocks, stride: int) -> Values:
     """(n, …): every so many-th entry of some of the blocks, each input's sorted."""
-    samples = np.concatenate([_flat(block)[:, ::stride] for block in blocks(SAMPLED_BLOCKS_STEP)], axis=1)
+    taken = [block.flatten(1)[:, ::stride].cpu().numpy() for block in blocks(SAMPLED_BLOCKS_STEP)]
+    samples: Values = np.concatenate(taken, axis=1)
     samples.sort(axis=1)
     return samples
-
-
-def _flat(block: Tensor) -> Values:
-    """(n, …)."""
-    values: Values = block.flatten(1).cpu().numpy()
-    return values
 
 
 class _Bracket:
@@ -220,12 +225,12 @@ class _Bracket:
         self._up_to_low = 0
         self._inside: list[Values] = []
 
-    def add(self, values: Values) -> None:
+    def add(self, values: Tensor) -> None:
         """Count and gather one block."""
-        inside = values > self._low
-        self._up_to_low += values.size - int(np.count_nonzero(inside))
-        inside &= values < self._high
-        self._inside.append(values.take(np.flatnonzero(inside)))  # twice as fast as values[inside] where few are
+        split = _split if values.device.type == "cpu" else _split_there
+        up_to_low, inside = split(values, self._low, self._high)
+        self._up_to_low += up_to_low
+        self._inside.append(inside)
 
     def select(self, k: int) -> float | None:
         """The k-th smallest entry; None where it lies outside."""
@@ -237,3 +242,19 @@ class _Bracket:
             return None
         inside.partition(place)
         return float(inside[place])
+
+
+def _split(values: Tensor, low: float, high: float) -> tuple[int, Values]:
+    """How many values are at most ``low``, and those between it and ``high``."""
+    entries: Values = values.numpy()
+    inside = entries > low
+    up_to_low = entries.size - int(np.count_nonzero(inside))
+    inside &= entries < high
+    return up_to_low, entries.take(np.flatnonzero(inside))  # twice as fast as entries[inside] where few are
+
+
+def _split_there(values: Tensor, low: float, high: float) -> tuple[int, Values]:
+    """The same on the device of the values: only those between leave it."""
+    above = values > float(low)
+    inside: Values = values[above & (values < float(high))].cpu().numpy()
+    return values.numel() - int(above.sum()), inside

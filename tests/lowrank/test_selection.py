@@ -183,3 +183,23 @@ def test_nothing_is_read_where_no_rank_is_asked_for(monkeypatch: pytest.MonkeyPa
 
 def test_no_entries_at_all_give_zero_thresholds() -> None:
     assert kth_magnitudes(lambda _: iter(()), (0, 0), 0, torch.float32) == [0.0, 0.0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(values=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0]), max_size=20), low=st.sampled_from([-1.0, 0.0, 1.0]))
+def test_a_device_splits_values_as_the_cpu_does(values: list[float], low: float) -> None:
+    # The operators that run on a GPU, here on the CPU.
+    tensor = torch.tensor(values)
+    here, there = (split(tensor, low, 2.0) for split in (selection_module._split, selection_module._split_there))
+    assert here[0] == there[0]
+    assert here[1].tolist() == there[1].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_device_counts_digits_as_the_cpu_does(dtype: torch.dtype) -> None:
+    values = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    chosen = RadixSelection(dtype, 200)
+    while not chosen.done:
+        counts = chosen.count(values)
+        assert counts.tolist() == chosen._counted_there(values, chosen.levels - 1 - chosen.level).tolist()
+        chosen = chosen.narrowed(counts)
