@@ -54,7 +54,7 @@ def inner_products(updates: Sequence[LowRankUpdate], dtype: torch.dtype = torch.
         updates: of one shape.
         dtype: of the products within a block, as in ``gram``: float32 is good to about 1e-6 of ‖ΔW_s‖·‖ΔW_t‖.
     """
-    pairs = gram([u.b.T for u in updates], dtype) * gram([u.a for u in updates], dtype)
+    pairs = gram(torch.cat([u.b for u in updates], dim=1).T, dtype) * gram(torch.cat([u.a for u in updates]), dtype)
     return _by_update(_by_update(pairs.cpu(), updates).T, updates)
 
 

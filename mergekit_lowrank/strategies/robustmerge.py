@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import pad
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, kth_magnitude
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, order_statistics, padded_stacks
 from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy
-from mergekit_lowrank.strategies.stages import trim_by_magnitude
+from mergekit_lowrank.strategies.stages import trim_by_magnitude, weighted_sum
 
 __all__ = ["RobustMerge"]
 
@@ -49,39 +50,54 @@ class RobustMerge(Strategy):
     def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
         """The merged factors, of the largest input rank; padded components stay out of every denominator."""
         updates = coordinates.updates
-        rank = max(u.rank for u in updates)
-        factor = self.params.factor
-        a = updates[0].a.new_zeros(rank, updates[0].shape[1])
-        b = updates[0].b.new_zeros(updates[0].shape[0], rank)
-        total = b.new_zeros(rank)
-        for update, weight in zip(updates, context.weights, strict=True):
-            pruned = self._pruned(update.a)
-            scale = self.component_scales(update.a, pruned)
-            a[: update.rank].add_(pruned, alpha=factor)
-            b[:, : update.rank].addcmul_(self._pruned(update.b), scale, value=factor * weight * update.scaling)
-            total += pad(scale, (0, rank - update.rank))
-        return LowRankUpdate(b.div_(total), a)
+        b, a = padded_stacks(updates)
+        whole = self._prune(a, [u.a.numel() for u in updates])
+        self._prune(b, [u.b.numel() for u in updates])
+        scales = self.component_scales(whole, a.abs().sum(dim=2), [u.rank for u in updates])
+        factors = [self.params.factor * w * u.scaling for w, u in zip(context.weights, updates, strict=True)]
+        b.mul_((scales * scales.new_tensor(factors).unsqueeze(1)).unsqueeze(1))
+        ones = a.new_ones(len(updates))
+        merged_b = weighted_sum(b, ones).div_(scales.sum(dim=0))
+        return LowRankUpdate(merged_b, weighted_sum(a, ones * self.params.factor))
 
-    def _pruned(self, factor: Tensor) -> Tensor:
-        if self.params.density == 1:
-            return factor
-        # As the code has it: a float product, then truncation.
-        threshold = kth_magnitude(factor, max(1, int(factor.numel() * (1 - self.params.density))))
-        return trim_by_magnitude(factor.unsqueeze(0), [threshold])[0]
+    def _prune(self, stack: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Trim each of n matrices (n, rows, columns) in place; the L1 norms (n, rows) of the rows before.
 
-    def component_scales(self, a: Tensor, pruned: Tensor) -> Tensor:
-        """(r,): what pruning left of each row of A, as a ratio ≥ 1, the smaller ones lifted.
+        Args:
+            stack: overwritten.
+            sizes: n counts of entries without padding, which is zero.
+        """
+        magnitudes = stack.abs()
+        whole = magnitudes.sum(dim=2)
+        if self.params.density < 1:
+            # As the code has it: a float product, then truncation.
+            own = [max(1, int(size * (1 - self.params.density))) for size in sizes]
+            entries = stack[0].numel()
+            ranks = [(k + entries - size,) for k, size in zip(own, sizes, strict=True)]
+            thresholds = order_statistics(lambda _: [magnitudes], ranks, entries, stack.dtype)
+            trim_by_magnitude(stack, [threshold for (threshold,) in thresholds], out=stack)
+        return whole
+
+    def component_scales(self, whole: Tensor, left: Tensor, ranks: Sequence[int]) -> Tensor:
+        """(n, r): what pruning left of each row of each A, as a ratio ≥ 1, the smaller ones lifted; 0 for padding.
 
         A row that was pruned away wholly takes the adapter's largest finite ratio, 1 if there is none; the reference
         gives NaN for its column of B, or for all of B.
+
+        Args:
+            whole: (n, r), L1 norms of the rows of A.
+            left: (n, r), those after pruning.
+            ranks: n numbers of rows that are no padding.
         """
-        left = pruned.abs().sum(dim=1)
-        ratio = torch.where(left > 0, a.abs().sum(dim=1) / torch.where(left > 0, left, 1), 0)
-        largest = ratio.max() if bool((left > 0).any()) else ratio.new_ones(())
-        ratio = torch.where(left > 0, ratio, largest)
-        rank = ratio.shape[0]
-        ordered = ratio.sort().values
-        return ratio.clamp(min=ordered[min(int(rank * (1 - self.params.unlifted)), rank - 1)])
+        ratio = torch.where(left > 0, whole / torch.where(left > 0, left, 1), 0)
+        largest = ratio.amax(dim=1, keepdim=True)
+        ratio = torch.where(left > 0, ratio, torch.where(largest > 0, largest, 1))
+        rows = torch.arange(ratio.shape[1], device=ratio.device)
+        is_own = rows < torch.tensor(ranks, device=ratio.device).unsqueeze(1)
+        lifted = [min(int(rank * (1 - self.params.unlifted)), rank - 1) for rank in ranks]
+        ordered = torch.where(is_own, ratio, torch.inf).sort(dim=1).values
+        lowest = ordered.gather(1, torch.tensor(lifted, device=ratio.device).unsqueeze(1))
+        return torch.maximum(ratio, lowest) * is_own
 
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
         """The stacks of the space, both merged factors and the temporaries of one input's."""

@@ -39,7 +39,9 @@ def test_robustmerge_lifts_scales_as_the_reference_does(reference: Golden, modul
     for update in reference.updates(module):
         ordered = update.a.abs().flatten().sort().values
         threshold = ordered[int(ordered.numel() * (1 - density)) - 1]
-        scales.append(rule.component_scales(update.a, torch.where(update.a.abs() >= threshold, update.a, 0)))
+        pruned = torch.where(update.a.abs() >= threshold, update.a, 0)
+        whole, left = (factor.abs().sum(dim=1).unsqueeze(0) for factor in (update.a, pruned))
+        scales.append(rule.component_scales(whole, left, [update.rank])[0])
     assert deviation(torch.stack(scales), reference.expected(f"s_clamped.{module}")) <= max(reference.tolerance, 1e-6)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mergekit_lowrank.lowrank import LowRankUpdate, densify
 from mergekit_lowrank.spaces import FactorSpace, SpaceParams
@@ -29,12 +30,17 @@ def merged(updates: list[LowRankUpdate], weights: list[float] | None = None, **p
     return update
 
 
+def scales(a: Tensor, pruned: Tensor, **parameters: float) -> list[float]:
+    whole, left = (factor.abs().sum(dim=1).unsqueeze(0) for factor in (a, pruned))
+    return robustmerge(**parameters).component_scales(whole, left, [len(a)])[0].tolist()
+
+
 def test_the_scale_of_a_row_is_what_pruning_left_of_it() -> None:
-    assert robustmerge().component_scales(A, PRUNED_A).tolist() == pytest.approx([1.0, 4 / 3])
+    assert scales(A, PRUNED_A) == pytest.approx([1.0, 4 / 3])
 
 
 def test_smaller_scales_are_lifted_to_the_smallest_that_keeps_its_own() -> None:
-    assert robustmerge(unlifted=0.2).component_scales(A, PRUNED_A).tolist() == pytest.approx([4 / 3, 4 / 3])
+    assert scales(A, PRUNED_A, unlifted=0.2) == pytest.approx([4 / 3, 4 / 3])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,13 @@ def test_smaller_scales_are_lifted_to_the_smallest_that_keeps_its_own() -> None:
 )
 def test_the_share_that_keeps_its_scale_is_counted_from_the_largest(unlifted: float, expected: list[float]) -> None:
     a = torch.tensor([[2.0], [1.0], [3.0], [4.0]])
-    assert robustmerge(unlifted=unlifted).component_scales(a, torch.ones(4, 1)).tolist() == expected
+    assert scales(a, torch.ones(4, 1), unlifted=unlifted) == expected
+
+
+def test_padded_components_have_no_scale_and_lift_nothing() -> None:
+    whole, left = torch.tensor([[4.0, 3.0, 0.0], [4.0, 9.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0], [2.0, 3.0, 1.0]])
+    found = robustmerge(unlifted=0.5).component_scales(whole, left, [2, 3])
+    assert found.tolist() == [[3.0, 3.0, 0.0], [2.0, 3.0, 2.0]]
 
 
 def test_one_input_by_hand() -> None:
@@ -87,7 +99,7 @@ def test_components_that_an_input_lacks_stay_out_of_the_denominator() -> None:
 def test_a_wholly_pruned_row_takes_the_largest_finite_scale() -> None:
     a = torch.tensor([[10.0, 4.0, 1.0], [1.0, 1.0, 1.0]])
     pruned = torch.tensor([[10.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
-    assert robustmerge().component_scales(a, pruned).tolist() == pytest.approx([15 / 14, 15 / 14])
+    assert scales(a, pruned) == pytest.approx([15 / 14, 15 / 14])
 
 
 def test_a_wholly_pruned_row_gives_a_finite_result() -> None:
@@ -98,7 +110,7 @@ def test_a_wholly_pruned_row_gives_a_finite_result() -> None:
 
 
 def test_an_adapter_whose_a_is_zero_has_scales_of_one() -> None:
-    assert robustmerge().component_scales(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [1.0, 1.0]
+    assert scales(torch.zeros(2, 3), torch.zeros(2, 3)) == [1.0, 1.0]
 
 
 def test_density_one_prunes_nothing() -> None:
