@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from mergekit_lowrank.spaces import ModuleShape, Space
 from mergekit_lowrank.strategies import Strategy
 
-__all__ = ["default_memory_bytes", "format_bytes", "module_peak_bytes"]
+__all__ = ["default_memory_bytes", "format_bytes", "module_peak_bytes", "recycle_freed_memory"]
 
 DEFAULT_SHARE = 4
 """A merge takes at most one part in this many of the machine's memory unless told otherwise."""
@@ -20,6 +22,9 @@ FALLBACK_MEMORY_BYTES = 8 << 30
 
 CANONICAL_COPIES = 4
 """Factors of one update that its canonical form holds at once: bases, singular vectors (twice, for signs), result."""
+
+RECYCLED_BYTES = 24 << 20
+"""Below glibc's limit of 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 
 CONTROL_GROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -48,6 +53,15 @@ def _container_limits() -> Iterator[float]:
     for path in CONTROL_GROUP_FILES:
         with suppress(OSError, ValueError):
             yield int(path.read_text())  # "max" means no limit
+
+
+def recycle_freed_memory() -> None:
+    """Let the C library reuse what a module frees for the next one.
+
+    glibc asks the system for every large block anew, and the system zeroes it page by page, until one as large has been
+    freed; after this one, which is never touched, it keeps blocks of up to 24 MiB. Elsewhere it does nothing.
+    """
+    torch.empty(RECYCLED_BYTES, dtype=torch.uint8)
 
 
 def module_peak_bytes(

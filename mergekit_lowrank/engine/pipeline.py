@@ -10,6 +10,7 @@ import torch
 
 from mergekit_lowrank.engine.budgeting import spend_budget
 from mergekit_lowrank.engine.devices import prepare
+from mergekit_lowrank.engine.memory import recycle_freed_memory
 from mergekit_lowrank.engine.merging import ModuleRecord, merge_module, read_updates
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.engine.sinks import Sink
@@ -45,6 +46,7 @@ def run_plan(
         MergeError: whatever an input, a strategy or the disk does wrong. Modules in flight are waited for.
     """
     prepare(device)
+    recycle_freed_memory()
     rounds = Rounds(plan, executor, tell)
     with ExitStack() as stack:
         if plan.budget_bytes is None:
