@@ -19,6 +19,8 @@ __all__ = ["Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"]
 BLOCK_ENTRIES = 1 << 19
 """Entries of one block over all inputs (2 MiB in float32, a core's cache): fixed, so that results do not depend on a
 memory budget."""
+DEVICE_BLOCK_ENTRIES = 1 << 24
+"""The same on a GPU (64 MiB): smaller ones would wait for their kernels to start."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,10 @@ class Part:
         return self.shape[0] * self.shape[1]
 
     def slices(self) -> list[slice]:
-        """The block boundaries along ``axis``; they depend on the shapes only."""
+        """The block boundaries along ``axis``; they depend on the shapes, and on whether this is a CPU, only."""
         length, other = self.shape[self.axis], self.shape[1 - self.axis]
-        width = max(1, BLOCK_ENTRIES // max(1, self.inputs * other))
+        entries = BLOCK_ENTRIES if self.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+        width = max(1, entries // max(1, self.inputs * other))
         return [slice(start, min(start + width, length)) for start in range(0, length, width)]
 
     def blocks(self, step: int = 1) -> Iterator[Tensor]:
