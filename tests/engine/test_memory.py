@@ -13,11 +13,14 @@ import resource
 import torch
 from mergekit_lowrank.engine.memory import recycle_freed_memory
 recycle_freed_memory()
-torch.ones(1 << 21)
+torch.set_num_threads(1)
+def work():
+    for _ in range(20):
+        held = [torch.ones(1 << 21) for _ in range(4)]
+        del held
+work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(1 << 20)
-    torch.ones(1 << 21)
+work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -35,6 +38,6 @@ def test_the_default_is_some_of_the_machines_memory() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
 def test_freed_memory_is_used_again_without_new_pages() -> None:
-    # 61,440 pages are written to; without recycling some 3,000 of them are new.
+    # 163,840 pages are written to; without recycling, in most runs all of them are new.
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 300
+    assert int(done.stdout) < 10_000
