@@ -299,11 +299,11 @@ def s3(bench: Bench) -> Job:
 
 
 def peft_costs(bench: Bench, kind: str, full_matrices: bool) -> Costs:
-    """Of each shape of the first model, and the least of the second."""
+    """Of the first model's shapes that are not wide, and the least of the second."""
     (model, inputs), (smaller, fewer) = bench.models()
     costs = Costs(full_svd_flops if full_matrices else thin_svd_flops)
     options = {"svd_full_matrices": full_matrices}
-    shapes = {**dict.fromkeys(model.counts, inputs), min(smaller.counts): fewer}
+    shapes = {shape: inputs for shape in model.counts if shape[0] >= shape[1]} | {min(smaller.counts): fewer}
     for shape, count in shapes.items():
         with scratch(bench) as directory:
             figures = once(
