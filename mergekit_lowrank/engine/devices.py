@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_lowrank.errors import RecipeError
-from mergekit_lowrank.lowrank import LowRankUpdate
+from mergekit_lowrank.lowrank import LowRankUpdate, converted
 
 __all__ = ["move", "prepare", "select_device"]
 
@@ -43,6 +43,8 @@ def move(updates: Sequence[LowRankUpdate], device: torch.device, dtype: torch.dt
 
     For CUDA each factor is sent in its stored type from pinned memory, without waiting, and widened there.
     """
+    if device.type == "cpu":
+        return converted(updates, dtype)
     if device.type != "cuda":
         return [update.to(device, dtype) for update in updates]
     pinned = [LowRankUpdate(u.b.pin_memory(), u.a.pin_memory(), u.scaling) for u in updates]

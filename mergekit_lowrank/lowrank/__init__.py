@@ -13,7 +13,15 @@ from mergekit_lowrank.lowrank.decompositions import (
 from mergekit_lowrank.lowrank.products import distance, inner, inner_products, norm, overlaps
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes, order_statistics
 from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
-from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate, densify, padded_stacks
+from mergekit_lowrank.lowrank.updates import (
+    DenseUpdate,
+    LowRankUpdate,
+    Update,
+    concatenate,
+    converted,
+    densify,
+    padded_stacks,
+)
 
 __all__ = [
     "Comparison",
@@ -27,6 +35,7 @@ __all__ = [
     "canonical",
     "compare",
     "concatenate",
+    "converted",
     "densify",
     "distance",
     "factorise",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "densify", "padded_stacks"]
+__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "converted", "densify", "padded_stacks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +108,39 @@ def concatenate(updates: Sequence[LowRankUpdate], coefficients: Sequence[float])
 
 
 def padded_stacks(updates: Sequence[LowRankUpdate]) -> tuple[Tensor, Tensor]:
-    """Both factors of n updates as stacks (n, d_out, r) and (n, r, d_in), zero-padded to the largest rank r; copies."""
+    """Both factors of n updates as stacks (n, d_out, r) and (n, r, d_in), zero-padded to the largest rank r.
+
+    Views where the factors lie one behind the other, as ``converted`` leaves them, else copies; not to be written to.
+    """
     rank = max(u.rank for u in updates)
     missing = [rank - u.rank for u in updates]
-    b = torch.stack([pad(u.b, (0, more)) if more else u.b for u, more in zip(updates, missing, strict=True)])
-    a = torch.stack([pad(u.a, (0, 0, 0, more)) if more else u.a for u, more in zip(updates, missing, strict=True)])
-    return b, a
+    b = [pad(u.b, (0, more)) if more else u.b for u, more in zip(updates, missing, strict=True)]
+    a = [pad(u.a, (0, 0, 0, more)) if more else u.a for u, more in zip(updates, missing, strict=True)]
+    return _stack(b), _stack(a)
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    """(n, …); a view where the matrices are already slices of one stack, in order."""
+    first, size = matrices[0], matrices[0].numel()
+    storage = first.untyped_storage().data_ptr()
+    places = [first.storage_offset() + t * size for t in range(len(matrices))]
+    if all(
+        m.is_contiguous() and m.untyped_storage().data_ptr() == storage and m.storage_offset() == place
+        for m, place in zip(matrices, places, strict=True)
+    ):
+        return first.as_strided((len(matrices), *first.shape), (size, *first.stride()), places[0])
+    return torch.stack([*matrices])
+
+
+def converted(updates: Sequence[LowRankUpdate], dtype: torch.dtype) -> list[LowRankUpdate]:
+    """The updates in ``dtype``, factors of one shape as slices of one stack; those already in it are shared."""
+    if len({(u.b.shape, u.a.shape) for u in updates}) > 1 or any(u.b.dtype == dtype == u.a.dtype for u in updates):
+        return [update.to(update.b.device, dtype) for update in updates]
+    b, a = (
+        factors[0].new_empty((len(factors), *factors[0].shape), dtype=dtype)
+        for factors in ([u.b for u in updates], [u.a for u in updates])
+    )
+    for update, own_b, own_a in zip(updates, b, a, strict=True):
+        own_b.copy_(update.b)
+        own_a.copy_(update.a)
+    return [LowRankUpdate(own_b, own_a, u.scaling) for u, own_b, own_a in zip(updates, b, a, strict=True)]

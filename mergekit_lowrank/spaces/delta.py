@@ -25,7 +25,7 @@ class _Rows:
         """Scaled b (n, d_out, r) and a (n, r, d_in), made when the first block is read: ``linear`` reads none."""
         b, a = padded_stacks(self._updates)
         scalings = torch.tensor([u.scaling for u in self._updates], dtype=b.dtype, device=b.device)
-        return b.mul_(scalings.view(-1, 1, 1)), a
+        return b * scalings.view(-1, 1, 1), a
 
     def __call__(self, rows: slice) -> Tensor:
         """The (n, rows, d_in) block."""

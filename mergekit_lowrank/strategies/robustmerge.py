@@ -51,34 +51,32 @@ class RobustMerge(Strategy):
         """The merged factors, of the largest input rank; padded components stay out of every denominator."""
         updates = coordinates.updates
         b, a = padded_stacks(updates)
-        magnitudes = a.abs()
-        whole = magnitudes.sum(dim=2)
-        self._prune(a, magnitudes, [u.a.numel() for u in updates])
-        left = torch.abs(a, out=magnitudes).sum(dim=2)
-        self._prune(b, b.abs(), [u.b.numel() for u in updates])
-        scales = self.component_scales(whole, left, [u.rank for u in updates])
+        whole, a = self._pruned(a, [u.a.numel() for u in updates])
+        _, b = self._pruned(b, [u.b.numel() for u in updates])
+        scales = self.component_scales(whole, a.abs().sum(dim=2), [u.rank for u in updates])
         factors = [self.params.factor * w * u.scaling for w, u in zip(context.weights, updates, strict=True)]
         b.mul_((scales * scales.new_tensor(factors).unsqueeze(1)).unsqueeze(1))
         ones = a.new_ones(len(updates))
         merged_b = weighted_sum(b, ones).div_(scales.sum(dim=0))
         return LowRankUpdate(merged_b, weighted_sum(a, ones * self.params.factor))
 
-    def _prune(self, stack: Tensor, magnitudes: Tensor, sizes: Sequence[int]) -> None:
-        """Trim each of n matrices (n, rows, columns) in place.
+    def _pruned(self, stack: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The L1 norms (n, rows) of the rows of n matrices (n, rows, columns), and the matrices trimmed: new memory.
 
         Args:
-            stack: overwritten.
-            magnitudes: of its entries; overwritten.
+            stack: the matrices.
             sizes: n counts of entries without padding, which is zero.
         """
+        magnitudes = stack.abs()
+        whole = magnitudes.sum(dim=2)
         if self.params.density == 1:
-            return
+            return whole, magnitudes.copy_(stack)
         # As the code has it: a float product, then truncation.
         own = [max(1, int(size * (1 - self.params.density))) for size in sizes]
         entries = stack[0].numel()
         ranks = [(k + entries - size,) for k, size in zip(own, sizes, strict=True)]
         thresholds = order_statistics(lambda _: [magnitudes], ranks, entries, stack.dtype)
-        trim_by_magnitude(stack, [threshold for (threshold,) in thresholds], out=stack)
+        return whole, trim_by_magnitude(stack, [threshold for (threshold,) in thresholds], out=magnitudes)
 
     def component_scales(self, whole: Tensor, left: Tensor, ranks: Sequence[int]) -> Tensor:
         """(n, r): what pruning left of each row of each A, as a ratio ≥ 1, the smaller ones lifted; 0 for padding.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, concatenate, densify
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, concatenate, converted, densify, padded_stacks
 from mergekit_lowrank.testing import random_update, random_updates
 
 B = torch.tensor([[1.0], [2.0]])
@@ -92,3 +92,31 @@ def test_concatenate_equals_the_dense_weighted_sum(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_concatenate_keeps_the_type_of_the_factors(dtype: torch.dtype) -> None:
     assert concatenate(random_updates(3, 4, [1, 2], dtype=dtype), [1.0, 2.0]).b.dtype == dtype
+
+
+def test_factors_that_lie_one_behind_the_other_are_stacked_without_a_copy() -> None:
+    updates = converted(random_updates(5, 4, [2, 2, 2], dtype=torch.float16), torch.float32)
+    b, a = padded_stacks(updates)
+    assert b.data_ptr() == updates[0].b.data_ptr()
+    assert a.data_ptr() == updates[0].a.data_ptr()
+    assert torch.equal(b, torch.stack([u.b for u in updates]))
+    assert torch.equal(a, torch.stack([u.a for u in updates]))
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 0), (0, 2), (0,), (2, 1, 0)])
+def test_slices_in_another_order_are_copied_to_a_stack(order: tuple[int, ...]) -> None:
+    updates = converted(random_updates(5, 4, [2, 2, 2], dtype=torch.float16), torch.float32)
+    chosen = [updates[t] for t in order]
+    b, a = padded_stacks(chosen)
+    assert torch.equal(b, torch.stack([u.b for u in chosen]))
+    assert torch.equal(a, torch.stack([u.a for u in chosen]))
+
+
+@pytest.mark.parametrize("ranks", [[2, 2], [1, 3]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_converted_updates_are_the_same_in_another_type(ranks: list[int], dtype: torch.dtype) -> None:
+    updates = random_updates(5, 4, ranks, scalings=[0.5, 2.0], dtype=dtype)
+    for update, found in zip(updates, converted(updates, torch.float32), strict=True):
+        assert torch.equal(found.b, update.b.float())
+        assert torch.equal(found.a, update.a.float())
+        assert found.scaling == update.scaling
