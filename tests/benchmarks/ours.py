@@ -78,7 +78,7 @@ def planned(recipe: dict[str, Any]) -> Figures:
 def merged_warm(recipe: dict[str, Any], out: str, times: int) -> Figures:
     """A module's own cost, as a peer's is taken: reading, saving and what a merge does once are apart.
 
-    The median of ``times`` merges in one process after a first one. One thread works, so processor seconds are the same.
+    The median of ``times`` merges in one process after a first one. One thread works: processor seconds are the same.
     """
     merge(recipe, out, overwrite=True)
     with PeakMemory() as memory:

@@ -169,8 +169,8 @@ memory beyond that of the process with the libraries loaded. *Of the limit*: the
 limit is the time to read the inputs, cast them to float32 and touch them once, to hash them, and to write and flush
 the output, on all processors, plus the method's least arithmetic at the rate of a 2048 × 2048 float32 product. Single
 modules, reading and saving apart: of ours the median of five in one process after a first, on one thread; of peers one
-run, on all processors. ¹ extrapolated: peers from the modules measured, by the operation counts of the SVD; ours in `delta`
-from one layer.
+run, on all processors. ¹ extrapolated: peers from the modules measured, by the operation counts of the SVD; ours in
+`delta` from one layer.
 """
 
 
