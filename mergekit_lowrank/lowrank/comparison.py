@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.lowrank.products import distance, inner_products, norm, overlaps
+from mergekit_lowrank.lowrank.decompositions import in_double
+from mergekit_lowrank.lowrank.products import by_pair, component_products, distance, inner_products, norm, overlaps
 from mergekit_lowrank.lowrank.updates import LowRankUpdate
 
 __all__ = ["Comparison", "compare"]
@@ -17,12 +18,16 @@ __all__ = ["Comparison", "compare"]
 CANCELLED = 1e-6
 """A weighted sum whose norm is below this share of Σ |c|·‖ΔW‖ has cancelled to rounding: an error relative to it means
 nothing."""
-DIFFERENCE = 1e-3
-"""‖M − Σ‖² from inner products in float32 is good to about 1e-7 of (‖M‖ + Σ ‖c ΔW‖)². Above this share of it four
-digits are right; below it, the distance is computed for itself."""
+DIGITS = {torch.float32: 1e-3, torch.float64: 1e-10}
+"""What sums of inner products that cancel keep, as a share of what they cancel from. Products in float32 are good to
+about 1e-7 of it, in float64 to 1e-15: so four digits of a norm are right above this share."""
+FLOAT32_RANGE = (1e-25, 1e25)
+"""Energies that products in float32 neither lose to underflow nor to overflow."""
 EXACT_JOINT_RANK = 256
 """Up to this joint rank R the norm of the sum is exact. It takes all pairs of inputs, O(R² · d): more than most merges
 cost, beyond. There the error is measured on random inputs."""
+ROUNDED = 1e-5
+"""The same as ``CANCELLED`` for outputs in float32."""
 PROBES = 64
 """Random inputs beyond that joint rank: on trained adapters the estimate is within 2 % of itself on average, 7 % at
 worst."""
@@ -62,24 +67,43 @@ def compare(
         norms = tuple(norm(u) for u in updates)
         error = _probed_error(merged, updates, coefficients, norms, generator)
         return Comparison(norm(merged), norms, tuple(overlaps(merged, updates)), error, is_estimate=True)
-    table = inner_products([merged, *updates], merged.dtype)
+    table = _table(merged, updates, coefficients)
     whole, *norms_ = table.diagonal().clamp(min=0).sqrt().tolist()
     error = _exact_error(table, merged, updates, coefficients)
     return Comparison(whole, tuple(norms_), tuple(table[0, 1:].tolist()), error, is_estimate=False)
+
+
+def _table(merged: LowRankUpdate, updates: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> Tensor:
+    """(1 + n, 1 + n): inner products of M and all ΔW; from products in float32 where these keep their digits."""
+    everything = [merged, *updates]
+    if merged.dtype == torch.float32:
+        components = component_products(everything, torch.float32)
+        table, sizes = (by_pair(c, everything) for c in (components, components.abs()))
+        energies, c = table.diagonal(), torch.tensor([0.0, *coefficients], dtype=torch.float64)
+        in_range = (energies > FLOAT32_RANGE[0]) & (energies < FLOAT32_RANGE[1])
+        distinct = energies > DIGITS[torch.float32] * sizes.diagonal().abs()
+        if bool((in_range & distinct).all()) and _keeps_digits(table, c, torch.float32):
+            return table
+    return inner_products(everything)
+
+
+def _keeps_digits(table: Tensor, coefficients: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ‖Σ c ΔW‖² is not lost in what it is a difference of."""
+    size = float((coefficients.abs() * table.diagonal().clamp(min=0).sqrt()).sum())
+    return float(coefficients @ table @ coefficients) > DIGITS[dtype] * size * size
 
 
 def _exact_error(
     table: Tensor, merged: LowRankUpdate, updates: Sequence[LowRankUpdate], coefficients: Sequence[float]
 ) -> float | None:
     c = torch.tensor([1.0, *(-c for c in coefficients)], dtype=torch.float64)
-    sizes = c.abs() * table.diagonal().clamp(min=0).sqrt()
+    size = float((c.abs() * table.diagonal().clamp(min=0).sqrt())[1:].sum())
     target = math.sqrt(max(float(c[1:] @ table[1:, 1:] @ c[1:]), 0.0))
-    if target <= CANCELLED * float(sizes[1:].sum()):
+    if target <= CANCELLED * size:
         return None
-    squared = float(c @ table @ c)
-    if squared <= DIFFERENCE * float(sizes.sum()) ** 2:  # the digits of a difference of squares are gone
-        return distance(merged, updates, coefficients) / target
-    return math.sqrt(squared) / target
+    if _keeps_digits(table, c, merged.dtype):
+        return math.sqrt(float(c @ table @ c)) / target
+    return distance(merged, updates, coefficients) / target
 
 
 def _probed_error(
@@ -91,11 +115,11 @@ def _probed_error(
 ) -> float | None:
     probes = torch.randn(merged.shape[1], PROBES, generator=generator).to(merged.b)
     outputs = _outputs(updates, coefficients, probes)
-    target = float(torch.linalg.matrix_norm(outputs))
+    target = float(torch.linalg.matrix_norm(in_double(outputs)))
     size = sum(abs(c) * own for c, own in zip(coefficients, norms, strict=True))
-    if target <= CANCELLED * size * math.sqrt(PROBES):
+    if target <= ROUNDED * size * math.sqrt(PROBES):
         return None
-    return float(torch.linalg.matrix_norm(_outputs([merged], [1.0], probes) - outputs)) / target
+    return float(torch.linalg.matrix_norm(in_double(_outputs([merged], [1.0], probes) - outputs))) / target
 
 
 def _outputs(updates: Sequence[LowRankUpdate], coefficients: Sequence[float], inputs: Tensor) -> Tensor:

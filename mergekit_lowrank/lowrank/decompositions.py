@@ -43,9 +43,9 @@ take it for entries of the update, and DRM would renormalise it to a unit vector
 GRAM_COLUMNS = 1024
 """Columns that are converted to float64 at once, few enough for the cache; fixed, so that sums do not change."""
 
-INDEPENDENT = 1e-4
-"""A column with a smaller share of its length outside the span of those before it is left to Householder's QR: below,
-the columns of Q would lose orthogonality, about ε₆₄ / share² (1e-8 at this share)."""
+LARGEST_INVERSE = 1e4
+"""Columns of unit length whose triangular factor has a larger inverse nearly depend on each other and are left to
+Householder's QR: the columns of Q would lose orthogonality, about ‖R⁻¹‖² · ε₆₄ (1e-8 at this size)."""
 
 
 def in_double(tensor: Tensor) -> Tensor:
@@ -124,7 +124,9 @@ def _cholesky(products: Tensor) -> Tensor | None:
     """R (n, n) with products = Rᵀ · R, upper triangular; None where a vector is zero or nearly depends on others."""
     lengths = products.diagonal().sqrt()
     cosines, failed = torch.linalg.cholesky_ex(products / (lengths.unsqueeze(1) * lengths), upper=True)
-    if failed or not bool((cosines.diagonal() > INDEPENDENT).all()):
+    identity = torch.eye(len(cosines), dtype=cosines.dtype, device=cosines.device)
+    # Not-a-number, of a column of length zero, compares as false.
+    if failed or not torch.linalg.solve_triangular(cosines, identity, upper=True).norm() < LARGEST_INVERSE:
         return None
     factor: Tensor = cosines * lengths
     return factor

@@ -11,7 +11,7 @@ from torch import Tensor
 from mergekit_lowrank.lowrank.decompositions import gram, in_double, thin_basis
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate
 
-__all__ = ["distance", "inner", "inner_products", "norm", "overlaps"]
+__all__ = ["by_pair", "component_products", "distance", "inner", "inner_products", "norm", "overlaps"]
 
 ROW_BLOCK = 1024
 """Rows of a dense delta accumulated at once in float64."""
@@ -47,15 +47,25 @@ def inner(x: Update, y: Update) -> float:
             return _inner_dense(x, y)  # type: ignore[arg-type]
 
 
-def inner_products(updates: Sequence[LowRankUpdate], dtype: torch.dtype = torch.float64) -> Tensor:
-    """(n, n) float64, on the CPU: <ΔW_s, ΔW_t> of all pairs, from one Gram matrix of all b and one of all a.
+def inner_products(updates: Sequence[LowRankUpdate]) -> Tensor:
+    """(n, n) float64, on the CPU: <ΔW_s, ΔW_t> of all pairs, from one Gram matrix of all b and one of all a."""
+    return by_pair(component_products(updates), updates)
+
+
+def component_products(updates: Sequence[LowRankUpdate], dtype: torch.dtype = torch.float64) -> Tensor:
+    """(R, R) float64, on the CPU: (b_iᵀ b_j)·(a_i a_jᵀ) of all pairs of components of n updates, R = Σ r_t.
 
     Args:
         updates: of one shape.
-        dtype: of the products within a block, as in ``gram``: float32 is good to about 1e-6 of ‖ΔW_s‖·‖ΔW_t‖.
+        dtype: of the products within a block, as in ``gram``.
     """
-    pairs = gram(torch.cat([u.b for u in updates], dim=1).T, dtype) * gram(torch.cat([u.a for u in updates]), dtype)
-    return _by_update(_by_update(pairs.cpu(), updates).T, updates)
+    b, a = torch.cat([u.b for u in updates], dim=1).T, torch.cat([u.a for u in updates])
+    return (gram(b, dtype) * gram(a, dtype)).cpu()
+
+
+def by_pair(components: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """(n, n): sums over the components (R, R) of each pair of n updates, times their scalings."""
+    return _by_update(_by_update(components, updates).T, updates)
 
 
 def overlaps(update: Update, others: Sequence[LowRankUpdate]) -> list[float]:

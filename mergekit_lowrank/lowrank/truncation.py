@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ __all__ = ["Spectrum", "Truncation", "canonical", "factorise", "spectrum_of"]
 
 EXACT_SIDE = 768
 """Dense deltas whose smaller side is at most this are decomposed exactly: it costs a few tenths of a second."""
+SAFE_MAGNITUDES = (1e-12, 1e12)
+"""Of the largest entry of a dense delta: outside, sums of squares in float32 might under- or overflow."""
 SHARE_TOLERANCE = 1e-12
 """A sum of squares need not reach a share exactly: an allowance of the size of rounding in float64."""
 ERROR_TOLERANCE = 1e-9
@@ -113,6 +115,13 @@ class Truncation:
         left, right = self.vectors(rank)
         return LowRankUpdate(left * self.spectrum.values[:rank].to(left), right)
 
+    def times(self, factor: float) -> Truncation:
+        """That of the update times a positive factor."""
+        spectrum = replace(
+            self.spectrum, values=self.spectrum.values * factor, energy=self.spectrum.energy * factor * factor
+        )
+        return replace(self, spectrum=spectrum)
+
     def balanced(self, rank: int) -> LowRankUpdate:
         """The leading ``rank`` directions as b = U·√S, a = √S·Vᵀ; fewer where there are fewer."""
         left, right = self.vectors(rank)
@@ -193,4 +202,7 @@ def factorise(update: Update, rank: int, generator: torch.Generator) -> Truncati
         return _factorise_low(update)
     if min(update.shape) <= max(EXACT_SIDE, rank):
         return _factorise_dense(update.delta)
-    return _randomised(update.delta, rank, generator)
+    peak = float(torch.stack([*torch.aminmax(update.delta)]).abs().max())
+    if peak == 0 or SAFE_MAGNITUDES[0] < peak < SAFE_MAGNITUDES[1]:
+        return _randomised(update.delta, rank, generator)
+    return _randomised(update.delta / peak, rank, generator).times(peak)

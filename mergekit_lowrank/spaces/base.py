@@ -66,7 +66,7 @@ class Part:
         dtype: of the blocks.
         device: of the blocks.
         read: gives the (n, …) block of a slice along ``axis``; called as often as a strategy needs passes. A block may
-            be a view of stored coordinates: it must not be modified unless ``is_computed``.
+            be a view of stored coordinates, or of the inputs: it must not be modified unless ``is_computed``.
         shares: n coefficients that a weighted mean divides by; None where they are ``weights``. In ``factors`` the
             weights hold the adapters' scalings, which must not cancel in a mean.
         is_computed: whether each read makes its block anew.

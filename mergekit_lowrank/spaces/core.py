@@ -58,4 +58,4 @@ class CoreSpace(Space):
     def working_entries(self, shape: ModuleShape) -> int:
         """Stacked factors with their bases, and the cores."""
         rows, columns = min(shape.joint_rank, shape.d_out), min(shape.joint_rank, shape.d_in)
-        return 8 * shape.factor_entries + (shape.inputs + 3) * rows * columns
+        return 8 * shape.factor_entries + (4 * shape.inputs + 3) * rows * columns  # in float64, twice while stacked

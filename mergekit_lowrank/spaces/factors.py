@@ -56,7 +56,7 @@ class FactorSpace(Space):
     summary = "A and B merged apart (quadratic: brings cross terms B_i·A_j); for RobustMerge and to match peft"
 
     def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> FactorCoordinates:
-        """Padded stacks of both factors."""
+        """Coordinates that stack both factors when they are read."""
         return FactorCoordinates(updates, weights)
 
     def merged_rank(self, shape: ModuleShape) -> int:

@@ -100,5 +100,5 @@ class RobustMerge(Strategy):
         return torch.maximum(ratio, lowest) * is_own
 
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
-        """The stacks of the space, both merged factors and the temporaries of one input's."""
-        return space.working_entries(shape) + 8 * max(shape.ranks) * (shape.d_out + shape.d_in)
+        """The stacks of the space, what is kept of them, both merged factors and temporaries."""
+        return space.working_entries(shape) + (shape.inputs + 4) * max(shape.ranks) * (shape.d_out + shape.d_in)

@@ -154,7 +154,7 @@ def keep_agreeing(values: Tensor, sign: Tensor) -> Tensor:
 
 
 def disjoint_mean(values: Tensor, weights: Tensor, divisor: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Σ_t w_t x_t over a divisor that counts kept entries only; zero where the divisor is zero.
+    """Σ_t w_t x_t over a divisor that counts kept entries only; undivided where the divisor is zero.
 
     Args:
         values: (n, …), trimmed and agreeing; zero means "not kept".

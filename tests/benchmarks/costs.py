@@ -34,9 +34,8 @@ class Costs:
     measured: dict[Shape, Figures] = field(default_factory=dict)
 
     def of(self, shape: Shape, key: str = "wall_seconds") -> float:
-        """As measured, else from the shape nearest in work, one of the same orientation where there is one."""
-        alike = [known for known in self.measured if (known[0] < known[1]) == (shape[0] < shape[1])]
-        distance = {known: abs(self.flops(known) - self.flops(shape)) for known in alike or self.measured}
+        """As measured, else from the shape nearest in work; a wide one costs what its transpose does."""
+        distance = {known: abs(self.flops(known) - self.flops(shape)) for known in self.measured}
         nearest = shape if shape in self.measured else min(distance, key=distance.__getitem__)
         seconds: float = self.measured[nearest][key]
         return seconds * self.flops(shape) / self.flops(nearest)

@@ -288,10 +288,12 @@ def s3(bench: Bench) -> Job:
     job = new_job(bench, "S3 linear, cut to rank 16")
     variants = {"peft svd": True, "peft svd, full_matrices=False": False} if bench.peers else {}
     costs = {name: peft_costs(bench, "svd", full) for name, full in variants.items()}
-    for model, inputs in bench.models():
+    models = bench.models()
+    first = models[0][0]
+    for model, inputs in models:
         whole_merges(bench, job, model, inputs, ["linear"])
         single_modules(bench, job, model, inputs, ["linear"])
-        for name, cost in costs.items():
+        for name, cost in costs.items() if model is first else ():
             add_dense(job, model, "linear", name, cost)
     for name in variants:
         module_target(job, 500, name, ["linear"])
@@ -299,17 +301,18 @@ def s3(bench: Bench) -> Job:
 
 
 def peft_costs(bench: Bench, kind: str, full_matrices: bool) -> Costs:
-    """Of the first model's shapes that are not wide, and the least of the second."""
-    (model, inputs), (smaller, fewer) = bench.models()
+    """Of the first model's shapes that are not wide, with its number of inputs."""
+    model, inputs = bench.models()[0]
     costs = Costs(full_svd_flops if full_matrices else thin_svd_flops)
     options = {"svd_full_matrices": full_matrices}
-    shapes = {shape: inputs for shape in model.counts if shape[0] >= shape[1]} | {min(smaller.counts): fewer}
-    for shape, count in shapes.items():
-        with scratch(bench) as directory:
-            figures = once(
-                f"peft {kind}, {shape}, {options}", peers.run_peft_module, kind, shape, count, RANK, options, directory
-            )
-        costs.measured[shape] = figures
+    for shape in model.counts:
+        if shape[0] >= shape[1]:
+            with scratch(bench) as directory:
+                costs.measured[shape] = once(
+                    f"peft {kind}, {shape}, {options}",
+                    peers.run_peft_module,
+                    *(kind, shape, inputs, RANK, options, directory),
+                )
     return costs
 
 
@@ -325,13 +328,15 @@ def s4(bench: Bench) -> Job:
     job = new_job(bench, "S4 TIES and DARE-TIES in delta, cut to rank 16")
     kinds = {"ties": "ties_svd", "dare_ties": "dare_ties_svd"}
     costs = {label: peft_costs(bench, kind, full_matrices=False) for label, kind in kinds.items() if bench.peers}
-    for model, inputs in bench.models():
+    models = bench.models()
+    first = models[0][0]
+    for model, inputs in models:
         part = model.with_layers(min(ELEMENTWISE_LAYERS, model.layers))
         whole_merges(bench, job, part, inputs, list(kinds))
         for label in kinds:
             carry_over(job.row(model.name, label), model.layers / part.layers)
         single_modules(bench, job, model, inputs, list(kinds))
-        for label, cost in costs.items():
+        for label, cost in costs.items() if model is first else ():
             add_dense(job, model, label, f"peft {kinds[label]}, full_matrices=False", cost)
     for label, kind in kinds.items():
         module_target(job, 30, f"peft {kind}, full_matrices=False", [label])

@@ -67,6 +67,34 @@ def test_a_sum_that_cancels_has_no_relative_error(limit: int, monkeypatch: pytes
     assert compare(update, [update, update], [1.0, -1.0], generator()).relative_error is None
 
 
+@pytest.mark.parametrize("difference", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_inputs_that_nearly_cancel_are_measured_to_three_digits(difference: float) -> None:
+    first, noise = random_updates(200, 150, [8, 8])
+    second = LowRankUpdate(first.b + difference * noise.b, first.a)
+    for merged in (concatenate([first, second], [1.0, -1.0]), random_update(200, 150, 4, 7).scaled(difference)):
+        found = compare(merged, [first, second], [1.0, -1.0], generator())
+        exact = compare(*(as_double(merged), [as_double(first), as_double(second)]), [1.0, -1.0], generator())
+        assert found.norm == pytest.approx(exact.norm, rel=1e-3)
+        assert found.relative_error == pytest.approx(exact.relative_error, rel=1e-3, abs=1e-6 / difference)
+
+
+@pytest.mark.parametrize("limit", [0, 256])
+@pytest.mark.parametrize("size", [1e-25, 1e19])
+def test_very_small_and_very_large_updates_are_measured(
+    size: float, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison_module, "EXACT_JOINT_RANK", limit)
+    merged, *updates = (LowRankUpdate(u.b * size, u.a) for u in random_updates(30, 20, [2, 2, 2]))
+    found = compare(merged, updates, [1.0, 1.0], generator())
+    exact = dense_error(as_double(merged), [as_double(u) for u in updates], [1.0, 1.0])
+    assert found.norm == pytest.approx(float(densify(as_double(merged)).norm()), rel=1e-4)
+    assert found.relative_error == pytest.approx(exact, rel=1e-4 if limit else 0.5)
+
+
+def as_double(update: LowRankUpdate) -> LowRankUpdate:
+    return LowRankUpdate(update.b.double(), update.a.double(), update.scaling)
+
+
 def test_above_the_joint_rank_limit_the_error_is_measured_on_random_inputs() -> None:
     updates = random_updates(400, 300, [16] * 17)
     merged = concatenate(updates[:8], [1.0] * 8)

@@ -80,6 +80,17 @@ def test_columns_that_nearly_depend_on_others_are_decomposed_by_householder(shar
     assert thin_basis(matrix).is_formed
 
 
+def test_columns_that_depend_on_all_before_them_together_are_decomposed_by_householder() -> None:
+    # Kahan's matrix: no column nearly depends on the others by its diagonal entry, all of them together do.
+    n, sine, cosine = 16, 0.57, (1 - 0.57**2) ** 0.5
+    rows = torch.triu(torch.full((n, n), -cosine), diagonal=1) + torch.eye(n)
+    matrix = (sine ** torch.arange(n)).unsqueeze(1) * rows
+    basis = thin_basis(matrix)
+    q = basis.times(torch.eye(n)).double()
+    assert basis.is_formed
+    torch.testing.assert_close(q.T @ q, torch.eye(n).double(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gram_matrix_adds_up_blocks_of_columns(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     rows = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))

@@ -394,3 +394,13 @@ def test_canonical_takes_a_zero_update_and_one_of_rank_zero() -> None:
     zero = canonical(LowRankUpdate(torch.zeros(5, 2), torch.randn(2, 4)))
     assert torch.count_nonzero(zero.b) == torch.count_nonzero(zero.a) == 0
     assert canonical(LowRankUpdate(torch.zeros(5, 0), torch.zeros(0, 4))).rank == 0
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e18])
+def test_a_large_dense_update_of_any_magnitude_is_compressed(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truncation_module, "EXACT_SIDE", 4)
+    delta = densify(random_update(60, 50, 3))
+    found = factorise(DenseUpdate(delta * size), 3, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(densify(found.cut(3)) / size, delta, rtol=1e-3, atol=1e-3)
+    assert found.spectrum.kept(3) == pytest.approx(1, abs=1e-5)
+    assert found.spectrum.energy == pytest.approx(float(delta.double().square().sum()) * size * size, rel=1e-5)
