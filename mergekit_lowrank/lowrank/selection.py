@@ -207,7 +207,8 @@ def _by_bracket(blocks: Blocks, wanted: Sequence[_Wanted], entries: int) -> list
 
 def _samples(blocks: Blocks, stride: int) -> Values:
     """(n, …): every so many-th entry of some of the blocks, each input's sorted."""
-    taken = [block.flatten(1)[:, ::stride].cpu().numpy() for block in blocks(SAMPLED_BLOCKS_STEP)]
+    # Contiguous, since a view would keep its block.
+    taken = [block.flatten(1)[:, ::stride].contiguous().cpu().numpy() for block in blocks(SAMPLED_BLOCKS_STEP)]
     samples: Values = np.concatenate(taken, axis=1)
     samples.sort(axis=1)
     return samples

@@ -13,6 +13,7 @@ from torch import Tensor
 from mergekit_lowrank.lowrank import RadixSelection, kth_magnitude, kth_magnitudes
 from mergekit_lowrank.lowrank import selection as selection_module
 from mergekit_lowrank.lowrank.selection import order_statistics
+from mergekit_lowrank.testing.memory import held
 
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
 SPECIAL = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-38, 1.0, -1.0, 1.0, 3.4e38, -2.0])
@@ -203,3 +204,13 @@ def test_a_device_counts_digits_as_the_cpu_does(dtype: torch.dtype) -> None:
         counts = chosen.count(values)
         assert counts.tolist() == chosen._counted_there(values, chosen.levels - 1 - chosen.level).tolist()
         chosen = chosen.narrowed(counts)
+
+
+def test_no_block_is_held_beyond_its_turn() -> None:
+    def blocks(step: int) -> Iterator[Tensor]:
+        for i in range(0, 40, step):
+            yield torch.rand(2, 1 << 17, generator=torch.Generator().manual_seed(i))
+
+    everything = held(lambda: list(blocks(1)))
+    found = held(lambda: order_statistics(blocks, [(1 << 20,)] * 2, 40 << 17, torch.float32))
+    assert found.peak_bytes < everything.peak_bytes / 4
