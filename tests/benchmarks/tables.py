@@ -69,7 +69,7 @@ def _whole(row: dict[str, Any]) -> Cells:
 
 def module_table(rows: Sequence[dict[str, Any]]) -> str:
     """Single modules, one line for each peer."""
-    head = ["module", "inputs", "", "seconds", "processor s", "energy kept", "peer", "seconds", "processor s", "×"]
+    head = ["module", "inputs", "", "seconds", "energy kept", "peer", "seconds", "processor s", "×", "× in processor s"]
     cells = [line for row in rows for line in _module(row)]
     return table(head, cells, texts=3)
 
@@ -81,11 +81,10 @@ def _module(row: dict[str, Any]) -> list[Cells]:
         str(row["inputs"]),
         f"**{row['name']}**",
         number(row["wall_seconds"]),
-        number(row["cpu_seconds"]),
         f"{row['kept_energy']:.2%}".replace("%", " %"),
     )
     if not row.get("peers"):
-        return [(*mine, "", "", "", "")]
+        return [(*mine, "", "", "", "", "")]
     return [
         (
             *mine,
@@ -93,6 +92,7 @@ def _module(row: dict[str, Any]) -> list[Cells]:
             number(p["seconds"]) + (" ¹" if p["extrapolated"] else ""),
             number(p["cpu_seconds"]),
             number(p["ratio"]),
+            number(p["cpu_ratio"]),
         )
         for name, p in row["peers"].items()
     ]
