@@ -23,6 +23,11 @@ FALLBACK_MEMORY_BYTES = 8 << 30
 CANONICAL_COPIES = 4
 """Factors of one update that its canonical form holds at once: bases, singular vectors (twice, for signs), result."""
 
+CORE_COPIES = 12
+"""Square matrices in float64 that a decomposition holds at once: inner products, their factor and its inverse, singular
+vectors, and the workspace of LAPACK's divide and conquer, four more."""
+DOUBLE_BYTES = 8
+
 RECYCLED_BYTES = 24 << 20
 """Below glibc's limit of 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
 
@@ -97,4 +102,5 @@ def module_peak_bytes(
         held += shape.factor_entries + CANONICAL_COPIES * max(shape.ranks) * sides
     if balanced:
         finishing += CANONICAL_COPIES * result_rank * sides
-    return stored_bytes + (held + finishing) * compute_bytes
+    cores = CORE_COPIES * min(result_rank, shape.d_out, shape.d_in) ** 2 * DOUBLE_BYTES
+    return stored_bytes + (held + finishing) * compute_bytes + cores
