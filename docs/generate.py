@@ -2,7 +2,8 @@
 
 A page holds ``<!-- generated: NAME ARGUMENT -->`` … ``<!-- end -->``; what stands between is made by the function
 ``NAME`` below from the models and the registry, so that no table can differ from the code. A console block after
-``<!-- checked output -->`` holds one command and what it prints; the command is run.
+``<!-- checked output -->`` holds one command and what it prints; the command is run, after those before it on the page,
+in a directory with ``recipes/``, the models of ``tests/docs/models.py`` and the page's files (``<!-- file: NAME -->``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import shlex
 import sys
 import tempfile
@@ -29,7 +31,7 @@ from pydantic import BaseModel
 import mergekit_lowrank
 from mergekit_lowrank import Registry
 from mergekit_lowrank.engine import ModuleRecord
-from mergekit_lowrank.recipe import Energy, Filtered, ModelEntry, Output, Recipe, Retention, Rule
+from mergekit_lowrank.recipe import Energy, Execution, Filtered, ModelEntry, Output, Recipe, Retention, Rule
 from mergekit_lowrank.report.results import InputSummary, Report, Totals
 from mergekit_lowrank.spaces import ModuleShape, Space
 from mergekit_lowrank.strategies import Preset, Strategy
@@ -41,11 +43,15 @@ CONSOLE = re.compile(
     r"(<!-- checked output -->\n```console\n\$ mergekit-lowrank (?P<line>.+)\n)(?P<output>(?:.*\n)*?)(```\n)"
 )
 """A command and its output."""
-VARYING = (r"\bin \d+\.\d s\b", r"at most [\d.]+ \wiB")
-"""What differs from run to run and from machine to machine: seconds, and the default of --memory."""
+FILE = re.compile(r"^<!-- file: (?P<name>[^\n]+) -->\n```\w+\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+"""A file that the page gives."""
+VARYING = (r"\bin \d+\.\d s\b", r"[\d.]+ \wiB beside the modules", r"at most [\d.]+ \wiB")
+"""What differs from run to run and from machine to machine: seconds, what threads hold, and the default of --memory."""
 BLOCK = re.compile(r"(<!-- generated: (?P<call>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-RECIPE_PARTS = {model.__name__: model for model in (Recipe, ModelEntry, Output, Rule, Filtered, Retention, Energy)}
+RECIPE_PARTS = {
+    model.__name__: model for model in (Recipe, ModelEntry, Output, Execution, Rule, Filtered, Retention, Energy)
+}
 REPORT_PARTS = {model.__name__: model for model in (Report, Totals, InputSummary)}
 INT64_MAX = 2**63 - 1
 SIDE, RANK, ADAPTERS = 4096, 16, 8
@@ -92,16 +98,20 @@ def rewritten(page: Path) -> str:
     text = BLOCK.sub(fill, page.read_text(encoding="utf-8"))
     if not CONSOLE.search(text):
         return text
-    with working_directory():
+    with working_directory() as directory:
+        for file in FILE.finditer(text):
+            (directory / file["name"]).parent.mkdir(parents=True, exist_ok=True)
+            (directory / file["name"]).write_text(file["text"], encoding="utf-8")
         return CONSOLE.sub(_with_output, text)
 
 
 @contextmanager
 def working_directory() -> Iterator[Path]:
-    """A temporary directory that holds ``recipes`` like a clone does; the process works in it."""
+    """A temporary directory that holds ``recipes`` like a clone does, and small models; the process works in it."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "recipes").symlink_to(DOCS.parent / "recipes")
+        runpy.run_path(str(DOCS.parent / "tests" / "docs" / "models.py"))["write_models"](Path(directory))
         os.chdir(directory)
         try:
             yield Path(directory)
@@ -317,12 +327,17 @@ def presets(*strategies: str) -> str:
     return table(("preset", "method", "sets"), rows)
 
 
+def _takes_dense(preset: Preset) -> bool:
+    return preset.takes_dense and any(registry().spaces[name].takes_dense for name in registry().spaces_of(preset))
+
+
 def properties(method: str) -> str:
     """What the class of a method declares."""
     preset = registry().method(method)
     rows = [
         ("spaces (default first)", _spaces_of(preset)),
         ("models", _models(preset.strategy)),
+        ("takes full fine-tunes", YES[_takes_dense(preset)]),
         ("one model at weight 1 comes back", _identity(preset)),
         ("draws random numbers", YES[preset.strategy.is_random]),
         ("permuted inputs give the same result, to rounding", YES[preset.strategy.is_order_free]),
@@ -416,6 +431,8 @@ def values(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     if "const" in schema:
         return f"`{schema['const']}`"
     kind = schema.get("type")
+    if isinstance(kind, list):
+        return "size"
     if kind == "array":
         return f"list of {values(schema['items'], root)}"
     if kind == "object":

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lowrank._version import __version__
 
 if TYPE_CHECKING:
-    from mergekit_lowrank.api import MergedAdapter, merge, plan
+    from mergekit_lowrank.api import MergedAdapter, finalize, merge, plan, plan_variants
     from mergekit_lowrank.engine import Plan
     from mergekit_lowrank.errors import (
         CheckpointError,
+        DiskError,
         IncompatibleInputsError,
+        InterruptedMergeError,
         MemoryBudgetError,
         MergeError,
         OutputError,
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
         RecipeError,
         StrategyError,
     )
-    from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, ModuleMerged, Reporter, SurveyRound
-    from mergekit_lowrank.executors import Executor, Job
+    from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, ModuleMerged, Notice, Reporter, SurveyRound
+    from mergekit_lowrank.executors import Executor, Job, Work
     from mergekit_lowrank.formats import Adapter, Checkpoint, Format, ModuleHeader
     from mergekit_lowrank.hookspecs import hookimpl
-    from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update
+    from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, StreamedUpdate, Update
     from mergekit_lowrank.recipe import Recipe, load_recipe
     from mergekit_lowrank.registry import Registry
     from mergekit_lowrank.report import Report
@@ -55,11 +57,14 @@ __all__ = [
     "CheckpointError",
     "Coordinates",
     "DenseUpdate",
+    "DiskError",
     "ElementwiseStrategy",
     "Event",
     "Executor",
     "Format",
     "IncompatibleInputsError",
+    "InputUpdate",
+    "InterruptedMergeError",
     "Job",
     "LowRankUpdate",
     "MemoryBudgetError",
@@ -71,6 +76,7 @@ __all__ = [
     "ModuleHeader",
     "ModuleMerged",
     "ModuleShape",
+    "Notice",
     "OutputError",
     "Params",
     "Part",
@@ -86,23 +92,29 @@ __all__ = [
     "SpaceParams",
     "Strategy",
     "StrategyError",
+    "StreamedUpdate",
     "Survey",
     "SurveyRound",
     "Update",
+    "Work",
     "__version__",
+    "finalize",
     "hookimpl",
     "load_recipe",
     "merge",
     "per_input",
     "plan",
+    "plan_variants",
 ]
 
 _ROOMS = {
-    "api": ("MergedAdapter", "merge", "plan"),
+    "api": ("MergedAdapter", "finalize", "merge", "plan", "plan_variants"),
     "engine": ("Plan",),
     "errors": (
         "CheckpointError",
+        "DiskError",
         "IncompatibleInputsError",
+        "InterruptedMergeError",
         "MemoryBudgetError",
         "MergeError",
         "OutputError",
@@ -110,11 +122,11 @@ _ROOMS = {
         "RecipeError",
         "StrategyError",
     ),
-    "events": ("Event", "MergeFinished", "MergeStarted", "ModuleMerged", "Reporter", "SurveyRound"),
-    "executors": ("Executor", "Job"),
+    "events": ("Event", "MergeFinished", "MergeStarted", "ModuleMerged", "Notice", "Reporter", "SurveyRound"),
+    "executors": ("Executor", "Job", "Work"),
     "formats": ("Adapter", "Checkpoint", "Format", "ModuleHeader"),
     "hookspecs": ("hookimpl",),
-    "lowrank": ("DenseUpdate", "LowRankUpdate", "Update"),
+    "lowrank": ("DenseUpdate", "InputUpdate", "LowRankUpdate", "StreamedUpdate", "Update"),
     "recipe": ("Recipe", "load_recipe"),
     "registry": ("Registry",),
     "report": ("Report",),

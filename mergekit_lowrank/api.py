@@ -2,65 +2,39 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, TypeVar, overload
+from typing import Any, TypeAlias, TypedDict, overload
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from typing_extensions import Unpack
 
 from mergekit_lowrank.engine import (
-    ARTEFACT_FILE,
-    MemorySink,
+    Parts,
     Plan,
     SettingsResolver,
-    Sink,
+    Shard,
     build_plan,
     default_memory_bytes,
-    file_sink,
+    names_of_variants,
+    open_base,
     open_inputs,
-    run_plan,
-    select_device,
+    select_devices,
 )
-from mergekit_lowrank.errors import MergeError, OutputError, raise_together
-from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, Reporter
+from mergekit_lowrank.errors import MergeError, OutputError, RecipeError
+from mergekit_lowrank.events import MergeFinished, Reporter
 from mergekit_lowrank.executors import Executor
-from mergekit_lowrank.formats import CONFIG_NAME, Adapter, config_text, new_directory, output_config, write_text
+from mergekit_lowrank.formats import empty_directory, new_directory, partial_path
 from mergekit_lowrank.recipe import Recipe, load_recipe, parse_recipe
 from mergekit_lowrank.registry import Registry
-from mergekit_lowrank.report import Digests, Report, background_digests, build_manifest, build_report, model_card
+from mergekit_lowrank.report import Report
+from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, refuse_warnings, write_index
 
-__all__ = ["MergedAdapter", "RecipeLike", "merge", "plan"]
+__all__ = ["MergedAdapter", "RecipeLike", "finalize", "merge", "plan", "plan_variants"]
 
 RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
-
-TENSOR_FILE = "adapter_model.safetensors"
-AnySink = TypeVar("AnySink", bound=Sink)
-
-
-@dataclass(frozen=True, eq=False)
-class MergedAdapter(Adapter):
-    """An adapter in memory, as a merge made it.
-
-    Attributes:
-        report: what the merge did.
-        artefacts: what the method returned beside the merged update, by ``<module>.<name>``; most return nothing.
-    """
-
-    report: Report
-    artefacts: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def fill(self, directory: Path) -> None:
-        """The files of the adapter, and ``artefacts.safetensors`` where there are any."""
-        super().fill(directory)
-        if self.artefacts:
-            save_file({name: tensor.contiguous() for name, tensor in self.artefacts.items()}, directory / ARTEFACT_FILE)
 
 
 def plan(
@@ -68,27 +42,76 @@ def plan(
     *,
     registry: Registry | None = None,
     memory_bytes: int | None = None,
+    executor: str | None = None,
+    workers: int | None = None,
     strict: bool = False,
 ) -> Plan:
     """Everything a merge would do, from the headers of its inputs; no tensor is read.
 
     Args:
-        recipe: a path, a mapping, or a ``Recipe``.
+        recipe: a path, a mapping, or a ``Recipe``; without a sweep (see ``plan_variants``).
         registry: what there is to merge with; by default the built-ins and every installed plugin.
-        memory_bytes: what the merge may hold; by default a quarter of the machine's memory.
+        memory_bytes: what the merge may hold; by default what the recipe says, or a quarter of the machine's memory.
+        executor: how modules are scheduled; by default what the recipe says, or ``threads``.
+        workers: modules that are merged at once; by default what the recipe says, or one for each processor.
         strict: whether a warning is an error.
 
     Raises:
         MergeError: every problem of the recipe, the inputs and the budget, together.
     """
-    registry = registry or Registry.load()
-    resolved = _as_recipe(recipe)
-    settings = SettingsResolver(resolved, registry)
-    inputs = open_inputs(resolved, registry, problems=settings.problems)
-    budget = default_memory_bytes() if memory_bytes is None else memory_bytes
-    made = build_plan(resolved, inputs, settings, memory_bytes=budget)
+    made = plan_variants(
+        recipe, registry=registry, memory_bytes=memory_bytes, executor=executor, workers=workers, strict=strict
+    )
+    if list(made) != [""]:
+        raise MergeError(f"this recipe is a sweep of {len(made)} variants; plan_variants plans each of them")
+    return made[""]
+
+
+def plan_variants(
+    recipe: RecipeLike,
+    *,
+    registry: Registry | None = None,
+    memory_bytes: int | None = None,
+    executor: str | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+) -> dict[str, Plan]:
+    """The plan of each variant of a sweep, by name; of a recipe without one its plan under the empty name.
+
+    Args:
+        recipe: a path, a mapping, or a ``Recipe``.
+        registry: as for ``plan``.
+        memory_bytes: as for ``plan``.
+        executor: as for ``plan``.
+        workers: as for ``plan``.
+        strict: whether a warning is an error.
+
+    Raises:
+        MergeError: every problem of the recipe, the inputs and the budget, together.
+    """
+    registry, whole = registry or Registry.load(), _as_recipe(recipe)
+    scheduler = _executor(registry, whole, executor, workers)
+    _refuse_below_one(memory_bytes=memory_bytes)
+    budget = memory_bytes or whole.execution.memory_bytes or default_memory_bytes()
+    variants = whole.variants()
+    resolvers = [SettingsResolver(variant, registry) for _, variant in variants]
+    problems = {str(problem): problem for resolver in resolvers for problem in resolver.problems}
+    base = None if problems else open_base(whole)
+    inputs = open_inputs(whole, registry, base=base, problems=[*problems.values()])
+    made = {
+        name: build_plan(
+            variant,
+            inputs,
+            resolver,
+            memory_bytes=budget,
+            workers=scheduler.workers,
+            variants=len(variants),
+            base=base,
+        )
+        for (name, variant), resolver in zip(variants, resolvers, strict=True)
+    }
     if strict:
-        _refuse_warnings(made.warnings)
+        refuse_warnings([warning for own in made.values() for warning in own.warnings])
     return made
 
 
@@ -97,9 +120,13 @@ class MergeOptions(TypedDict, total=False):
 
     registry: Registry | None
     memory_bytes: int | None
-    device: str
-    executor: str
+    vram_bytes: int | None
+    device: str | None
+    executor: str | None
+    workers: int | None
     overwrite: bool
+    resume: bool
+    shard: tuple[int, int] | None
     hash_sources: bool
     strict: bool
     reporters: Sequence[Reporter]
@@ -108,157 +135,128 @@ class MergeOptions(TypedDict, total=False):
 @overload
 def merge(recipe: RecipeLike, output: None = None, **options: Unpack[MergeOptions]) -> MergedAdapter: ...
 @overload
-def merge(recipe: RecipeLike, output: str | Path, **options: Unpack[MergeOptions]) -> Report: ...
+def merge(recipe: RecipeLike, output: str | Path, **options: Unpack[MergeOptions]) -> Report | dict[str, Report]: ...
 def merge(
     recipe: RecipeLike,
     output: str | Path | None = None,
     *,
     registry: Registry | None = None,
     memory_bytes: int | None = None,
-    device: str = "auto",
-    executor: str = "threads",
+    vram_bytes: int | None = None,
+    device: str | None = None,
+    executor: str | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
+    resume: bool = True,
+    shard: tuple[int, int] | None = None,
     hash_sources: bool = True,
     strict: bool = False,
     reporters: Sequence[Reporter] = (),
-) -> MergedAdapter | Report:
-    """Merge the adapters of a recipe, into a directory or into memory.
+) -> MergedAdapter | Report | dict[str, Report]:
+    """Merge the inputs of a recipe, into a directory or into memory.
+
+    What is left out here the recipe's ``execution`` says.
 
     Args:
         recipe: a path, a mapping, or a ``Recipe``. In the latter two a model may be an ``Adapter`` in memory.
-        output: the directory to make, in one step once everything in it is complete; None for a result in memory.
+        output: the directory to make, in one step once everything in it is complete; None for an adapter in memory.
         registry: what there is to merge with; by default the built-ins and every installed plugin.
-        memory_bytes: what the merge may hold; by default a quarter of the machine's memory.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        executor: how modules are scheduled: ``threads``, ``serial``, or a plugin's.
-        overwrite: whether an adapter at ``output`` may be replaced; it stays until the new one is complete.
+        memory_bytes: what the merge may hold beside the interpreter and torch; by default a quarter of the machine's
+            memory.
+        vram_bytes: what it may hold on each GPU; by default what is free there.
+        device: ``auto``, ``cpu``, ``cuda`` (all GPUs), ``cuda:N`` or ``mps``; by default ``auto``.
+        executor: how modules are scheduled: ``threads`` (default), ``processes``, ``serial``, or a plugin's.
+        workers: modules that are merged at once; by default one for each processor.
+        overwrite: whether what a merge left at ``output`` may be replaced; it stays until the new one is complete.
+        resume: whether to go on with what an earlier merge of the same recipe had finished when it was cut off.
+        shard: (i, n) to merge the i-th of n parts, for ``finalize`` to put together.
         hash_sources: whether the manifest holds the SHA-256 of every source file.
         strict: whether a warning is an error.
         reporters: followers of the merge, beside those of plugins.
 
     Returns:
-        The report of a merge into a directory, the ``MergedAdapter`` of one into memory.
+        The report of a merge into a directory, by the variant's name where the recipe has a sweep; the
+        ``MergedAdapter`` of a merge into memory.
 
     Raises:
         MergeError: what the recipe, the inputs, a plugin or the disk did wrong; nothing is left at ``output``.
     """
-    registry = registry or Registry.load()
-    start = time.perf_counter()
-    made = plan(recipe, registry=registry, memory_bytes=memory_bytes, strict=strict)
-    followers = _Followers([*reporters, *(cls() for cls in registry.reporters.values())])
-    run = _Run(made, registry, select_device(device), registry.executor(executor)(), followers, strict, start)
-    if output is None:
-        return run.into_memory()
-    _check_output(Path(output), made)
-    return run.into_directory(Path(output), overwrite=overwrite, hash_sources=hash_sources)
-
-
-class _Run:
-    """One merge under way."""
-
-    def __init__(
-        self,
-        made: Plan,
-        registry: Registry,
-        device: torch.device,
-        executor: Executor,
-        followers: _Followers,
-        strict: bool,
-        start: float,
-    ) -> None:
-        self._plan, self._registry, self._device, self._executor = made, registry, device, executor
-        self._followers, self._strict, self._start = followers, strict, start
-
-    def into_memory(self) -> MergedAdapter:
-        with closing(self._followers):
-            sink, report = self._run(MemorySink)
-            self._followers.tell(MergeFinished(None, self._seconds()))
-        return MergedAdapter(sink.state_dict, self._config(sink), report, sink.artefacts)
-
-    def into_directory(self, output: Path, *, overwrite: bool, hash_sources: bool) -> Report:
-        sources = [path for checkpoint in self._plan.inputs for path in checkpoint.files]
-        with closing(self._followers):
-            with (
-                new_directory(output, overwrite=overwrite) as partial,
-                background_digests(sources, enabled=hash_sources) as digests,
-            ):
-                report = self._fill(partial, output, digests)
-            self._followers.tell(MergeFinished(str(output), self._seconds()))
-        return report
-
-    def _fill(self, partial: Path, output: Path, digests: Callable[[], Digests]) -> Report:
-        """Everything the output holds, written into ``partial``."""
-        sink, report = self._run(lambda plan: file_sink(partial / TENSOR_FILE, plan))
-        method = self._registry.method(self._plan.recipe.merge_method)
-        texts = {
-            CONFIG_NAME: config_text(self._config(sink)),
-            "README.md": model_card(self._plan, report, method, digests()),
-            "recipe.yaml": _relative_to(output, self._plan).to_yaml(),
-            "report.json": report.to_json(),
-        }
-        for name, text in texts.items():
-            write_text(partial / name, text)
-        outputs = {name: partial / name for name in (TENSOR_FILE, ARTEFACT_FILE, *texts) if (partial / name).exists()}
-        manifest = build_manifest(self._plan, digests(), outputs)
-        write_text(partial / "manifest.json", manifest)
-        return report
-
-    def _run(self, open_sink: Callable[[Plan], AnySink]) -> tuple[AnySink, Report]:
-        tell = self._followers.tell
-        tell(MergeStarted(len(self._plan.modules), self._plan.bytes_read))
-        records, sink = run_plan(self._plan, open_sink, executor=self._executor, device=self._device, tell=tell)
-        report = build_report(
-            self._plan, records, sink.ranks, wall_seconds=self._seconds(), warnings=self._followers.warnings
-        )
-        if self._strict:
-            _refuse_warnings(report.warnings)
-        return sink, report
-
-    def _config(self, sink: Sink) -> dict[str, object]:
-        inputs = self._plan.inputs
-        return output_config(
-            base_model=self._plan.base_model,
-            revision=_agreed(c.revision for c in inputs),
-            task_type=_agreed(c.task_type for c in inputs),
-            modules=[module.name for module in self._plan.modules],
-            rank=max(sink.ranks.values()),
-            fan_in_fan_out=any(c.fan_in_fan_out for c in inputs),
-            rank_pattern=sink.ranks,
-        )
-
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-
-class _Followers:
-    """The reporters of one merge. One that raises is heard no more, and the report says so; the merge goes on."""
-
-    def __init__(self, reporters: Sequence[Reporter]) -> None:
-        self._reporters = list(reporters)
-        self.warnings: list[str] = []
-
-    def tell(self, event: Event) -> None:
-        """Hand an event to every reporter."""
-        self._each(lambda reporter: reporter.handle(event))
-
-    def close(self) -> None:
-        """The merge ended, well or not."""
-        self._each(lambda reporter: reporter.close())
-
-    def _each(self, call: Callable[[Reporter], None]) -> None:
-        for reporter in tuple(self._reporters):
-            try:
-                call(reporter)
-            except Exception as error:  # noqa: PERF203 - whatever a reporter does, it is not the merge's fault
-                self._reporters.remove(reporter)
-                name = getattr(reporter, "name", type(reporter).__name__)
-                self.warnings.append(f"reporter '{name}' failed and was left out: {type(error).__name__}: {error}")
-
-
-def _refuse_warnings(warnings: Sequence[str]) -> None:
-    raise_together(
-        [MergeError(f"{warning} (a warning, and warnings are errors under --strict)") for warning in warnings]
+    registry, start, whole = registry or Registry.load(), time.perf_counter(), _as_recipe(recipe)
+    scheduler = _executor(registry, whole, executor, workers)
+    plans = plan_variants(
+        whole, registry=registry, memory_bytes=memory_bytes, executor=executor, workers=scheduler.workers, strict=strict
     )
+    followers = Followers([*reporters, *(cls() for cls in registry.reporters.values())])
+    _refuse_below_one(vram_bytes=vram_bytes)
+    devices = select_devices(device or whole.execution.device or "auto")
+    vram = vram_bytes or whole.execution.vram_bytes
+    run = Run(plans, registry, scheduler, devices, vram, followers, strict, start)
+    with closing(followers), closing(scheduler):
+        if output is None:
+            if shard is not None:
+                raise OutputError("a shard is a part of an output directory, and none is named; name the same for all")
+            return run.into_memory()
+        for made in plans.values():
+            _check_output(Path(output), made)
+        if shard is not None:
+            _refuse_memory_inputs(plans)
+        reports = run.into_directory(
+            Path(output),
+            overwrite=overwrite,
+            resume=resume,
+            shard=None if shard is None else _shard(*shard),
+            hash_sources=hash_sources,
+        )
+    return reports[""] if list(reports) == [""] else reports
+
+
+def finalize(
+    output: str | Path,
+    *,
+    registry: Registry | None = None,
+    overwrite: bool = False,
+    reporters: Sequence[Reporter] = (),
+) -> Report | dict[str, Report]:
+    """Put together the parts of a merge that ``merge(..., shard=(i, n))`` made, all of them checked first.
+
+    Args:
+        output: the directory that was given there.
+        registry: what the parts were merged with.
+        overwrite: whether what a merge left at ``output`` may be replaced.
+        reporters: followers, beside those of plugins.
+
+    Returns:
+        The report; by the variant's name where the recipe has a sweep.
+
+    Raises:
+        OutputError: parts are missing or damaged, or of different merges; they stay as they are.
+    """
+    registry, start, output = registry or Registry.load(), time.perf_counter(), Path(output)
+    followers = Followers([*reporters, *(cls() for cls in registry.reporters.values())])
+    if not partial_path(output.resolve()).is_dir():
+        raise OutputError(f"{output}: has no parts. Make them with merge --shard 0/N to N-1/N.")
+    with (
+        closing(followers),
+        new_directory(output, overwrite=overwrite, resumes=True, keeps=lambda _: "") as partial,
+    ):
+        names = names_of_variants(partial)
+        reports = {}
+        for name in names:
+            parts = Parts(partial / name)
+            recipe = parse_recipe(parts.origin.recipe, name="recipe", directory=Path(parts.origin.directory))
+            made = plan(recipe, registry=registry, memory_bytes=sys.maxsize)  # nothing is merged
+            reports[name] = assemble(parts, made, partial / name, output / name, registry, start)
+        if reports.keys() != {""}:
+            empty_directory(partial, but=names)
+        write_index(partial, reports)
+        followers.tell(MergeFinished(str(output), time.perf_counter() - start))
+    return reports[""] if list(reports) == [""] else reports
+
+
+def _refuse_below_one(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise MergeError(f"{name}={number}: expected a whole number of at least 1, or None for the recipe's")
 
 
 def _as_recipe(recipe: RecipeLike) -> Recipe:
@@ -267,32 +265,40 @@ def _as_recipe(recipe: RecipeLike) -> Recipe:
     return parse_recipe(recipe) if isinstance(recipe, Mapping) else load_recipe(Path(recipe))
 
 
-def _agreed(values: Iterable[str | None]) -> str | None:
-    """The value that all inputs which give one agree on, else None."""
-    given = {value for value in values if value}
-    return given.pop() if len(given) == 1 else None
+def _executor(registry: Registry, recipe: Recipe, name: str | None, workers: int | None) -> Executor:
+    _refuse_below_one(workers=workers)
+    try:
+        made = registry.executor(name or recipe.execution.executor or "threads")
+    except RecipeError as error:
+        raise error if name else recipe.problem(("execution", "executor"), str(error)) from error
+    return made(workers or recipe.execution.workers)
+
+
+def _refuse_memory_inputs(plans: Mapping[str, Plan]) -> None:
+    for made in plans.values():
+        for checkpoint in made.inputs:
+            if not checkpoint.files:
+                raise OutputError(
+                    f"'{checkpoint.label}' is in memory, where the processes that merge the other parts cannot read "
+                    "it; save it to a directory and name that, or merge without shard"
+                )
+
+
+def _shard(index: int, count: int) -> Shard:
+    if not 0 <= index < count:
+        raise MergeError(
+            f"shard {index}/{count}: parts are counted from 0, so expected 0/{count} to {count - 1}/{count}"
+        )
+    return Shard(index, count)
 
 
 def _check_output(output: Path, made: Plan) -> None:
     target = output.resolve()
-    for checkpoint in made.inputs:
-        for directory in {path.parent.resolve() for path in checkpoint.files}:
-            if target == directory or directory in target.parents:
-                raise OutputError(
-                    f"the output {output} lies in the input '{checkpoint.label}' ({directory}); "
-                    "choose another directory"
-                )
-            if target in directory.parents:  # replacing it would delete the input
-                raise OutputError(
-                    f"the output {output} holds the input '{checkpoint.label}' ({directory}); choose another directory"
-                )
-
-
-def _relative_to(output: Path, made: Plan) -> Recipe:
-    """The recipe with local paths written from the output directory, so that it runs again from there."""
-    models = []
-    for entry, checkpoint in zip(made.recipe.models, made.inputs, strict=True):
-        path = checkpoint.files[0].parent if checkpoint.files else None
-        local = path is not None and isinstance(entry.model, str) and (made.recipe.directory / entry.model).exists()
-        models.append(entry.model_copy(update={"model": os.path.relpath(path, output)}) if local and path else entry)
-    return made.recipe.model_copy(update={"models": tuple(models)})
+    directories = {(path.parent.resolve(), f"input '{c.label}'") for c in made.inputs for path in c.files}
+    if made.fold is not None:
+        directories.add((made.fold.base.directory.resolve(), "base model"))
+    for directory, what in sorted(directories):
+        if target == directory or directory in target.parents:
+            raise OutputError(f"the output {output} lies in the {what} ({directory}); choose another directory")
+        if target in directory.parents:  # replacing it would delete the input
+            raise OutputError(f"the output {output} holds the {what} ({directory}); choose another directory")

@@ -9,7 +9,9 @@
     ├── IncompatibleInputsError   inputs that cannot be merged with each other
     ├── StrategyError             a strategy or space: unsupported combination, bad result
     ├── MemoryBudgetError         a module that cannot be merged within the memory allowed
-    └── OutputError               the output: exists, inside an input, disk full
+    ├── OutputError               the output: exists, inside an input
+    │   └── DiskError             the disk is full or failed; what was written is kept
+    └── InterruptedMergeError     the merge was cut off from outside; what it finished is kept
 
 Anything else that reaches the user is a bug of this package.
 """
@@ -21,7 +23,9 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CheckpointError",
+    "DiskError",
     "IncompatibleInputsError",
+    "InterruptedMergeError",
     "MemoryBudgetError",
     "MergeError",
     "OutputError",
@@ -70,6 +74,14 @@ class MemoryBudgetError(MergeError):
 
 class OutputError(MergeError):
     """The output exists, lies inside an input, or cannot be written."""
+
+
+class DiskError(OutputError):
+    """The disk of the output is full or failed. The operating system's error is its `__cause__`."""
+
+
+class InterruptedMergeError(MergeError):
+    """The merge was cut off from outside: a worker died, or the process was told to end. Its work so far is kept."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-__all__ = ["Event", "MergeFinished", "MergeStarted", "ModuleMerged", "Reporter", "SurveyRound"]
+__all__ = ["Event", "MergeFinished", "MergeStarted", "ModuleMerged", "Notice", "Reporter", "SurveyRound"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,24 @@ class ModuleMerged:
 
     Attributes:
         module: its name.
-        rank: of its merged update.
+        rank: of its merged update; None for a dense one.
         wall_seconds: of its merge, reading and writing apart.
     """
 
     module: str
-    rank: int
+    rank: int | None
     wall_seconds: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a user should know now and that the report does not hold, as it changes nothing of the result.
+
+    Attributes:
+        message: a sentence.
+    """
+
+    message: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class MergeFinished:
     wall_seconds: float
 
 
-Event: TypeAlias = MergeStarted | SurveyRound | ModuleMerged | MergeFinished
+Event: TypeAlias = MergeStarted | Notice | SurveyRound | ModuleMerged | MergeFinished
 
 
 class Reporter(ABC):

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from mergekit_lowrank._version import __version__
 from mergekit_lowrank.errors import PluginError, RecipeError, nearest_name
 from mergekit_lowrank.events import Reporter
-from mergekit_lowrank.executors import Executor, SerialExecutor, ThreadExecutor
-from mergekit_lowrank.formats import Format, PeftFormat
+from mergekit_lowrank.executors import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
+from mergekit_lowrank.formats import Format, PeftFormat, WholeModelFormat
 from mergekit_lowrank.hookspecs import API_VERSION, ENTRY_POINT_GROUP, PROJECT, HookSpecs, hookimpl
 from mergekit_lowrank.spaces import CoreSpace, DeltaSpace, FactorSpace, JointSpace, Space, SpaceParams, TuckerSpace
 from mergekit_lowrank.strategies import (
@@ -57,13 +57,13 @@ class BuiltIns:
 
     @hookimpl
     def formats(self) -> Sequence[type[Format]]:
-        """PEFT adapters."""
-        return [PeftFormat]
+        """PEFT adapters, and full fine-tunes."""
+        return [PeftFormat, WholeModelFormat]
 
     @hookimpl
     def executors(self) -> Sequence[type[Executor]]:
-        """In this process."""
-        return [ThreadExecutor, SerialExecutor]
+        """On this machine."""
+        return [ThreadExecutor, SerialExecutor, ProcessExecutor]
 
 
 @dataclass(frozen=True)

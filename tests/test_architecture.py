@@ -23,12 +23,13 @@ ROOMS = (
     "recipe",
     "engine",
     "report",
+    "runs",
     "api",
     "testing",
     "cli",
 )
 PLUGIN_ROOMS = ("strategies", "spaces", "formats")
-INTERNAL = ("registry", "recipe", "engine", "report", "api", "cli")
+INTERNAL = ("registry", "recipe", "engine", "report", "runs", "api", "cli")
 HEAVY_EXTRAS = ("peft", "transformers")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from mergekit_lowrank._version import __version__
 from mergekit_lowrank.cli.group import CommandLine, Verbosity, verbosity_options
-from mergekit_lowrank.cli.request import MergeCommand, Request, split_output
+from mergekit_lowrank.cli.request import MergeCommand, Request, Shard, split_output
 
 __all__ = ["main"]
 
@@ -24,7 +25,7 @@ def example(*lines: str) -> str:
 
 
 def recipe_options(command: Decorated) -> Decorated:
-    """What decides the recipe: a file, or a method with models and weights; and overrides."""
+    """What decides the plan: a recipe file, or a method with models and weights; overrides; memory and workers."""
     decorators = (
         click.argument("names", nargs=-1, metavar=""),
         click.option("--method", metavar="NAME", help="Merge MODELs with this method, without a recipe file."),
@@ -39,7 +40,20 @@ def recipe_options(command: Decorated) -> Decorated:
             help="Override a key of the recipe, as in parameters.density=0.5. May be repeated.",
         ),
         click.option(
-            "--memory", metavar="SIZE", help="What the merge may hold, as in 2GiB. [a quarter of the machine]"
+            "--memory",
+            metavar="SIZE",
+            help="What the merge may hold, as in 2GiB. [the recipe's; else a quarter of the machine]",
+        ),
+        click.option(
+            "--executor",
+            metavar="NAME",
+            help="How modules are scheduled: threads, processes, serial or a plugin's. [the recipe's; else threads]",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Modules merged at once. [the recipe's; else one for each processor]",
         ),
         click.option("--strict", is_flag=True, help="Treat every warning as an error."),
     )
@@ -80,16 +94,22 @@ def main(ctx: click.Context) -> None:
 )
 @recipe_options
 @click.option("-o", "--output", metavar="OUT", help="The directory to make.")
-@click.option("--overwrite", is_flag=True, help="Replace an adapter that is at OUT, once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace what a merge has left at OUT, once the new one is complete.")
 @click.option(
-    "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, ... or mps."
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from what a merge of the same recipe into OUT had finished when it was cut off.",
 )
 @click.option(
-    "--executor",
-    default="threads",
-    show_default=True,
-    metavar="NAME",
-    help="How modules are scheduled: threads, serial, or a plugin's.",
+    "--shard",
+    type=Shard(),
+    metavar="I/N",
+    help="Merge one of N parts, counted from 0, for the command finalize to put together.",
+)
+@click.option("--vram", metavar="SIZE", help="What it may hold on each GPU. [the recipe's; else what is free]")
+@click.option(
+    "--device", metavar="NAME", help="auto, cpu, cuda (all GPUs), cuda:1, ... or mps. [the recipe's; else auto]"
 )
 @click.option("--no-hash", is_flag=True, help="Leave the checksums of the inputs out of the manifest.")
 @verbosity_options
@@ -105,12 +125,24 @@ def merge(
     no_hash: bool,
     **settings: Any,
 ) -> None:
-    """Merge adapters into a directory. It appears when all in it is complete."""
+    """Merge adapters or fine-tunes into a directory. It appears when all in it is complete."""
     names, directory = split_output(names, output, method)
     request = Request(names, method, weights, overrides)
     from mergekit_lowrank.cli.merging import run_merge
 
     run_merge(request, directory, hash_sources=not no_hash, quiet=verbosity.quiet, **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank finalize merged/"))
+@click.argument("output", metavar="OUT")
+@click.option("--overwrite", is_flag=True, help="Replace what a merge has left at OUT.")
+@verbosity_options
+@click.pass_obj
+def finalize(verbosity: Verbosity, /, output: str, overwrite: bool) -> None:
+    """Put together what merge --shard has made. All parts are checked first."""
+    from mergekit_lowrank.cli.merging import run_finalize
+
+    run_finalize(Path(output), overwrite=overwrite, quiet=verbosity.quiet)
 
 
 @main.command(

@@ -84,6 +84,7 @@ def _defaults(made: Plan, preset: Preset, space: str) -> dict[str, object]:
         "out_dtype": type_name(made.out_dtype),
         "rules": [{"match": kind, "scale": 1.0}],
         "base_model": made.base_model or "org/name",
+        "execution": {**defaults["execution"], "device": "auto", "executor": "threads"},
     }
     return {key: found.get(key, defaults[key]) for key in Recipe.model_fields if key not in WRITTEN_OUT}
 

@@ -14,13 +14,15 @@ import click
 
 from mergekit_lowrank.errors import MergeError
 
-__all__ = ["CommandLine", "Verbosity", "verbosity_options"]
+__all__ = ["INTERRUPTED", "TERMINATED", "CommandLine", "Stopped", "Verbosity", "verbosity_options"]
 
 BUG = 1
 FAULT = 2
 """The input's, the recipe's or the disk's."""
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+TERMINATED = 143
+"""128 + SIGTERM."""
 
 SHOWN_PROBLEMS = 20
 """Of one error; more of them have a common cause."""
@@ -39,6 +41,18 @@ class Verbosity:
 
     quiet: bool = False
     debug: bool = False
+
+
+class Stopped(KeyboardInterrupt):
+    """A command was told to end; its text is what is said about it.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def verbosity_options(command: Decorated) -> Decorated:
@@ -77,7 +91,7 @@ class CommandLine(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command line and exit: 0; 2 a fault of input, recipe or disk; 1 a bug; 130 interrupted."""
+        """Run the command line and exit: 0; 2 a fault of input, recipe or disk; 1 a bug; 130 or 143 stopped."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         if isinstance(sys.stdout, TextIOWrapper):
@@ -107,6 +121,8 @@ class CommandLine(click.Group):
 def _explained(error: BaseException) -> tuple[int, str]:
     """The exit status of an error, and what is said about it."""
     match error:
+        case click.Abort(__cause__=Stopped() as stopped):
+            return stopped.status, str(stopped)
         case click.Abort() | KeyboardInterrupt():
             return INTERRUPTED, "interrupted: nothing was written"
         case click.ClickException():

@@ -1,18 +1,30 @@
-"""``merge``: run a recipe into a directory."""
+"""``merge`` and ``finalize``: run a recipe into a directory, whole or in parts."""
 
 from __future__ import annotations
 
+import shlex
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import click
 
-from mergekit_lowrank.api import merge
+from mergekit_lowrank.api import finalize, merge
+from mergekit_lowrank.cli.group import INTERRUPTED, TERMINATED, Stopped
 from mergekit_lowrank.cli.progress import ProgressBar
 from mergekit_lowrank.cli.request import Request
-from mergekit_lowrank.recipe import parse_bytes
-from mergekit_lowrank.report import closing_lines
+from mergekit_lowrank.cli.tables import aligned
+from mergekit_lowrank.engine import format_bytes
+from mergekit_lowrank.formats import partial_path
+from mergekit_lowrank.recipe import bytes_of
+from mergekit_lowrank.report import Report, closing_lines
 
-__all__ = ["run_merge"]
+__all__ = ["run_finalize", "run_merge"]
+
+COLUMNS = ("variant", "method", "modules", "rank", "size", "norm", "cut error")
 
 
 def run_merge(
@@ -20,27 +32,109 @@ def run_merge(
     output: Path,
     *,
     memory: str | None,
-    device: str,
-    executor: str,
+    vram: str | None,
+    device: str | None,
+    executor: str | None,
+    workers: int | None,
     overwrite: bool,
+    resume: bool,
+    shard: tuple[int, int] | None,
     hash_sources: bool,
     strict: bool,
     quiet: bool,
 ) -> None:
     """Merge, and print what was merged, what was kept and how to load it; of a quiet merge the warnings only."""
-    report = merge(
-        request.load(),
-        output,
-        memory_bytes=parse_bytes(memory) if memory else None,
-        device=device,
-        executor=executor,
-        overwrite=overwrite,
-        hash_sources=hash_sources,
-        strict=strict,
-        reporters=[] if quiet else [ProgressBar()],
-    )
+    with _stoppable(output):
+        made = merge(
+            request.load(),
+            output,
+            memory_bytes=bytes_of(memory),
+            vram_bytes=bytes_of(vram),
+            device=device,
+            executor=executor,
+            workers=workers,
+            overwrite=overwrite,
+            resume=resume,
+            shard=shard,
+            hash_sources=hash_sources,
+            strict=strict,
+            reporters=[] if quiet else [ProgressBar()],
+        )
+    _tell(made, output, shard=shard, quiet=quiet)
+
+
+def run_finalize(output: Path, *, overwrite: bool, quiet: bool) -> None:
+    """Put the parts of a merge together, and print what ``run_merge`` prints of a whole one."""
+    with _stoppable(output):
+        made = finalize(output, overwrite=overwrite)
+    _tell(made, output, quiet=quiet)
+
+
+def _tell(
+    made: Report | Mapping[str, Report], output: Path, *, shard: tuple[int, int] | None = None, quiet: bool
+) -> None:
+    reports = {"": made} if isinstance(made, Report) else made
+    warnings = dict.fromkeys(warning for report in reports.values() for warning in report.warnings)
     if quiet:
-        for warning in report.warnings:
+        for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
+    elif shard:
+        click.echo("\n".join(_lines_of_shard(reports.values(), output, shard)))
+    elif isinstance(made, Report):
+        click.echo("\n".join(closing_lines(made, str(output))))
     else:
-        click.echo("\n".join(closing_lines(report, str(output))))
+        click.echo("\n".join(_lines_of_sweep(made, output, warnings)))
+
+
+def _lines_of_shard(reports: Iterable[Report], output: Path, shard: tuple[int, int]) -> Iterator[str]:
+    index, count = shard
+    seconds = max(report.totals.wall_seconds for report in reports)
+    modules = sum(report.totals.modules for report in reports)
+    yield f"Merged part {index}/{count} of {output}: {modules} modules in {seconds:.1f} s"
+    rest = f"once all {count} parts are merged" if count > 1 else "now"
+    yield f"  next  mergekit-lowrank finalize {shlex.quote(str(output))}, {rest}"
+
+
+def _lines_of_sweep(reports: Mapping[str, Report], output: Path, warnings: Iterable[str]) -> Iterator[str]:
+    """A line for each variant."""
+    first = next(iter(reports.values()))
+    yield (
+        f"Merged {len(first.inputs)} inputs into {len(reports)} variants, each in its directory in {output}, in "
+        f"{first.totals.wall_seconds:.1f} s"
+    )
+    rows = (_row_of_variant(name, report) for name, report in reports.items())
+    yield from aligned(COLUMNS, rows, right=COLUMNS[2:])
+    for warning in warnings:
+        yield f"  warning  {warning}"
+
+
+def _row_of_variant(name: str, report: Report) -> tuple[str, ...]:
+    totals = report.totals
+    size, norm, error = format_bytes(totals.bytes_written), totals.merged_norm, totals.largest_cut_error
+    return name, report.method, str(totals.modules), report.rank_text, size, f"{norm:.3g}", f"{error:.2g}"
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be."""
+
+
+@contextmanager
+def _stoppable(output: Path) -> Iterator[None]:
+    """Within it SIGTERM ends the command as Ctrl-C does. Either then says whether the work so far is kept."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        is_kept = partial_path(output.resolve()).exists()
+        left = "the work so far is kept; run the same command again to go on" if is_kept else "nothing was written"
+        if isinstance(error, _Terminated):
+            raise Stopped(TERMINATED, f"terminated: {left}") from error
+        raise Stopped(INTERRUPTED, f"interrupted: {left}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    signal.signal(number, signal.SIG_IGN)  # what is sent twice must not stop the tidying up
+    raise _Terminated

@@ -4,37 +4,88 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import click
 
-from mergekit_lowrank.api import plan
+from mergekit_lowrank.api import plan_variants
 from mergekit_lowrank.cli.headers import type_name
 from mergekit_lowrank.cli.request import Request
 from mergekit_lowrank.cli.tables import aligned, fields, spans
 from mergekit_lowrank.engine import ModulePlan, Plan, format_bytes
-from mergekit_lowrank.recipe import parse_bytes
+from mergekit_lowrank.policies import WholeRank
+from mergekit_lowrank.recipe import bytes_of
 
 __all__ = ["run_plan"]
 
 SHOWN_LABELS = 3
 """Participants are named up to this many; beyond, those that are missing are."""
 COLUMNS = ("modules", "count", "out x in", "inputs", "ranks", "method", "space", "rank", "peak")
-NUMBERS = ("count", "out x in", "rank", "peak")
+DISK_COLUMN = "on disk"
+NUMBERS = ("count", "out x in", "rank", "peak", DISK_COLUMN)
+VARIANT_COLUMNS = ("variant", "method", "space", "rank", "writes", "peak")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
-def run_plan(request: Request, *, memory: str | None, strict: bool, every: bool, as_json: bool) -> None:
-    """Plan, and print the table or the JSON."""
-    made = plan(request.load(), memory_bytes=parse_bytes(memory) if memory else None, strict=strict)
-    click.echo(json.dumps(made.to_dict(), indent=1) if as_json else "\n".join(_lines(made, every=every)))
+def run_plan(
+    request: Request,
+    *,
+    memory: str | None,
+    executor: str | None,
+    workers: int | None,
+    strict: bool,
+    every: bool,
+    as_json: bool,
+) -> None:
+    """Plan, and print the table or the JSON; of a sweep every variant."""
+    recipe = request.load()
+    plans = plan_variants(recipe, memory_bytes=bytes_of(memory), executor=executor, workers=workers, strict=strict)
+    if as_json:
+        said = {name: made.to_dict() for name, made in plans.items()}
+        click.echo(json.dumps({"variants": said} if recipe.sweep else said[""], indent=1))
+    elif recipe.sweep and not every:
+        click.echo("\n".join(_lines_of_sweep(plans)))
+    else:
+        shown = [[*([f"{name}:"] if name else []), *_lines(made, every=every)] for name, made in plans.items()]
+        click.echo("\n\n".join("\n".join(lines) for lines in shown))
+
+
+def _lines_of_sweep(plans: Mapping[str, Plan]) -> Iterator[str]:
+    yield from aligned(VARIANT_COLUMNS, [_row_of_variant(name, made) for name, made in plans.items()], right=("peak",))
+    yield ""
+    largest = max(plans.values(), key=lambda made: made.peak_bytes)
+    warnings = dict.fromkeys(warning for made in plans.values() for warning in made.warnings)
+    yield from fields(
+        [
+            ("variants", f"{len(plans)}, each written into a directory of its name; inputs are read once for all"),
+            ("inputs", _inputs(largest)),
+            ("reads", _read(largest)),
+            ("memory", _memory(largest)),
+            *(("warning", warning) for warning in warnings),
+        ]
+    )
+
+
+def _row_of_variant(name: str, made: Plan) -> tuple[str, ...]:
+    modules = made.modules
+    cells = (
+        [module.group.method for module in modules],
+        [module.group.space.name for module in modules],
+        [_rank(module) for module in modules],
+    )
+    return name, *(", ".join(dict.fromkeys(cell)) for cell in cells), _written(made), format_bytes(made.peak_bytes)
 
 
 def _lines(made: Plan, *, every: bool) -> Iterator[str]:
     rows = [_row(made, [module]) for module in made.modules] if every else _collapsed(made)
-    yield from aligned(COLUMNS, rows, right=NUMBERS)
+    columns = (*COLUMNS, *((DISK_COLUMN,) if _goes_through_disk(made) else ()))
+    yield from aligned(columns, rows, right=NUMBERS)
     yield ""
     yield from fields(_totals(made))
+
+
+def _goes_through_disk(made: Plan) -> bool:
+    return any(module.scratch_bytes for module in made.modules)
 
 
 def _collapsed(made: Plan) -> list[tuple[str, ...]]:
@@ -57,9 +108,16 @@ def _row(made: Plan, modules: Sequence[ModulePlan]) -> tuple[str, ...]:
         _ranks(first.shape.ranks),
         first.group.method,
         first.group.space.name,
-        f"by {first.rank.name}" if first.rank.planned is None else str(first.rank.planned),
+        _rank(first),
         format_bytes(first.peak_bytes),
+        *([format_bytes(first.scratch_bytes)] if _goes_through_disk(made) else []),
     )
+
+
+def _rank(module: ModulePlan) -> str:
+    if isinstance(module.rank, WholeRank):
+        return "whole"
+    return f"by {module.rank.name}" if module.rank.planned is None else str(module.rank.planned)
 
 
 def _pattern(names: Sequence[str]) -> str:
@@ -86,23 +144,43 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _totals(made: Plan) -> Iterator[tuple[str, str]]:
-    yield "inputs", f"{len(made.inputs)}, base model {made.base_model or 'not named'}"
+    yield "inputs", _inputs(made)
     yield "modules", str(len(made.modules))
-    yield "reads", f"{format_bytes(made.bytes_read)} of tensors"
+    yield "reads", _read(made)
     yield "writes", _written(made)
     yield "types", f"computes in {type_name(made.compute_dtype)}, stores {type_name(made.out_dtype)}"
-    yield (
-        "memory",
-        (
-            f"{format_bytes(made.peak_bytes)} for the largest module; at most {format_bytes(made.memory_bytes)} "
-            "for all modules in flight (--memory)"
-        ),
-    )
+    yield "memory", _memory(made)
+    on_disk = [module.scratch_bytes for module in made.modules if module.scratch_bytes]
+    if on_disk:
+        largest = format_bytes(max(on_disk))
+        yield "disk", f"{len(on_disk)} of {len(made.modules)} modules go through a file on disk, of up to {largest}"
     for warning in made.warnings:
         yield "warning", warning
 
 
+def _inputs(made: Plan) -> str:
+    return f"{len(made.inputs)}, base model {made.base_model or 'not named'}"
+
+
+def _read(made: Plan) -> str:
+    of_inputs = f"{format_bytes(made.bytes_read)} of tensors"
+    if made.fold is None:
+        return of_inputs
+    return f"{of_inputs}, and the base model: {format_bytes(made.fold.base_bytes)}"
+
+
+def _memory(made: Plan) -> str:
+    return (
+        f"{format_bytes(made.peak_bytes)} for the largest module, {format_bytes(made.overhead_bytes)} beside the "
+        f"modules; at most {format_bytes(made.memory_bytes)} in all (--memory)"
+    )
+
+
 def _written(made: Plan) -> str:
+    if made.fold is not None:
+        fold, files = made.fold, len(made.fold.layout.files)
+        changed = f"{len(fold.keys)} of {len(fold.keys) + len(fold.copied)} tensors changed"
+        return f"{format_bytes(fold.layout.total_bytes)} in {files} {'file' if files == 1 else 'files'}, {changed}"
     if made.budget_bytes is not None:
         return f"at most {format_bytes(made.budget_bytes)} of tensors, spread over the modules; each is merged twice"
     accepted = ", ".join(map(str, made.accepted_ranks))

@@ -1,21 +1,25 @@
-"""Progress bars on stderr."""
+"""Progress bars and notices on stderr."""
 
 from __future__ import annotations
 
 from typing import ClassVar, NoReturn
 
+import click
 from tqdm import tqdm
 
-from mergekit_lowrank.events import Event, MergeStarted, ModuleMerged, Reporter, SurveyRound
+from mergekit_lowrank.events import Event, MergeStarted, ModuleMerged, Notice, Reporter, SurveyRound
 
 __all__ = ["ProgressBar"]
 
 
 class ProgressBar(Reporter):
-    """One bar for each survey round, then one for the merge. They vanish at the end; off a terminal there are none."""
+    """One bar for each survey round, then one for the merge. They vanish at the end; off a terminal there are none.
+
+    Notices are lines of their own, on a terminal or not.
+    """
 
     name: ClassVar[str] = "progress"
-    summary: ClassVar[str] = "progress bars on stderr"
+    summary: ClassVar[str] = "progress bars and notices on stderr"
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
@@ -28,6 +32,9 @@ class ProgressBar(Reporter):
             case MergeStarted():
                 self._modules = event.modules
                 self._show("merge", event.modules)
+            case Notice():
+                self.close()
+                click.echo(event.message, err=True)
             case SurveyRound():
                 self._show(f"survey, round {event.round}", event.modules).update()
             case ModuleMerged():

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from mergekit_lowrank.recipe import Recipe
 
-__all__ = ["MergeCommand", "Request", "split_output"]
+__all__ = ["MergeCommand", "Request", "Shard", "split_output"]
 
 WEIGHTS = "--weights"
 RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -48,6 +49,25 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class Shard(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks only
+    """One of several parts of a merge: ``0/8`` is the first of eight."""
+
+    name = "shard"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """The part's number, from 0, and how many there are."""
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value), re.ASCII)
+        if not match:
+            self.fail(f"'{value}' is no part; expected I/N, as in 0/8 for the first of eight", param, ctx)
+        index, count = int(match[1]), int(match[2])
+        if index >= count:
+            known = (
+                f"parts are counted from 0, so the last of {count} is {count - 1}/{count}" if count else "there are 0"
+            )
+            self.fail(f"'{value}': {known}", param, ctx)
+        return index, count
 
 
 def split_output(names: tuple[str, ...], output: str | None, method: str | None) -> tuple[tuple[str, ...], Path]:

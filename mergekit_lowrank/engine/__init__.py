@@ -1,29 +1,49 @@
 """Planning a merge from headers, and running it in bounded memory."""
 
-from mergekit_lowrank.engine.artefacts import ARTEFACT_FILE
-from mergekit_lowrank.engine.devices import select_device
-from mergekit_lowrank.engine.inputs import open_checkpoint, open_inputs
+from mergekit_lowrank.engine.budgeting import with_ranks
+from mergekit_lowrank.engine.devices import Device, select_devices
+from mergekit_lowrank.engine.inputs import open_base, open_checkpoint, open_inputs
 from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes
 from mergekit_lowrank.engine.merging import ModuleRecord
-from mergekit_lowrank.engine.pipeline import run_plan
-from mergekit_lowrank.engine.plan import ModulePlan, Plan, build_plan
+from mergekit_lowrank.engine.parts import Origin, Parts, names_of_variants, refuse_parts
+from mergekit_lowrank.engine.pipeline import Destination, Outcome, Shard, finish, run_plans
+from mergekit_lowrank.engine.plan import Fold, ModulePlan, Plan
+from mergekit_lowrank.engine.planning import build_plan
 from mergekit_lowrank.engine.settings import SettingsResolver
-from mergekit_lowrank.engine.sinks import MemorySink, Sink, file_sink
+from mergekit_lowrank.engine.sinks import TENSOR_FILE, MemorySink
+from mergekit_lowrank.engine.spool import ARTEFACT_FILE
+from mergekit_lowrank.engine.unfinished import Unfinished, drop_others, identity_of, keeps, open_sink
 
 __all__ = [
     "ARTEFACT_FILE",
+    "TENSOR_FILE",
+    "Destination",
+    "Device",
+    "Fold",
     "MemorySink",
     "ModulePlan",
     "ModuleRecord",
+    "Origin",
+    "Outcome",
+    "Parts",
     "Plan",
     "SettingsResolver",
-    "Sink",
+    "Shard",
+    "Unfinished",
     "build_plan",
     "default_memory_bytes",
-    "file_sink",
+    "drop_others",
+    "finish",
     "format_bytes",
+    "identity_of",
+    "keeps",
+    "names_of_variants",
+    "open_base",
     "open_checkpoint",
     "open_inputs",
-    "run_plan",
-    "select_device",
+    "open_sink",
+    "refuse_parts",
+    "run_plans",
+    "select_devices",
+    "with_ranks",
 ]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import torch
+
 from mergekit_lowrank.errors import CheckpointError, MergeError, raise_together
-from mergekit_lowrank.formats import Adapter, Checkpoint
-from mergekit_lowrank.recipe import InMemoryAdapter, ModelEntry, Recipe, resolve_model
+from mergekit_lowrank.formats import Adapter, Checkpoint, ModelDirectory, WholeModel
+from mergekit_lowrank.lowrank import InputUpdate
+from mergekit_lowrank.recipe import InMemoryAdapter, ModelEntry, Recipe, resolve_directory, resolve_model
 from mergekit_lowrank.registry import Registry
 
-__all__ = ["open_checkpoint", "open_inputs"]
+__all__ = ["open_base", "open_checkpoint", "open_inputs"]
 
 
 def open_checkpoint(path: Path, registry: Registry, *, label: str) -> Checkpoint:
@@ -31,12 +35,29 @@ def open_checkpoint(path: Path, registry: Registry, *, label: str) -> Checkpoint
     raise CheckpointError(f"'{path}' is not a checkpoint of a known format. Known formats: {known}.")
 
 
-def open_inputs(recipe: Recipe, registry: Registry, *, problems: Sequence[MergeError] = ()) -> list[Checkpoint]:
+def open_base(recipe: Recipe) -> ModelDirectory | None:
+    """The base model, where the output is a model; else it is only a name.
+
+    Raises:
+        CheckpointError: it is no model directory, or one that is refused.
+    """
+    if recipe.output.kind == "adapter" or recipe.base_model is None:
+        return None
+    try:
+        return ModelDirectory(resolve_directory(recipe.base_model, recipe.directory))
+    except MergeError as error:
+        raise type(error)(f"{recipe.where(('base_model',))}: {error}") from error
+
+
+def open_inputs(
+    recipe: Recipe, registry: Registry, *, base: ModelDirectory | None = None, problems: Sequence[MergeError] = ()
+) -> list[Checkpoint]:
     """One checkpoint for each model of the recipe.
 
     Args:
         recipe: what to merge.
         registry: its formats open the checkpoints.
+        base: what fine-tunes are compared with; modules of adapters are then called as they are there.
         problems: known beforehand. They are raised together with those of local inputs, and nothing is downloaded.
 
     Raises:
@@ -53,7 +74,61 @@ def open_inputs(recipe: Recipe, registry: Registry, *, problems: Sequence[MergeE
         except _PostponedError:
             continue
     raise_together(found)
-    return checkpoints
+    return _against(base, checkpoints, recipe)
+
+
+def _against(base: ModelDirectory | None, checkpoints: Sequence[Checkpoint], recipe: Recipe) -> list[Checkpoint]:
+    """Whole models as what was changed in the base; adapters under the base's names where both are merged."""
+    whole = [checkpoint.label for checkpoint in checkpoints if isinstance(checkpoint, WholeModel)]
+    if base is None and not whole:
+        return [*checkpoints]
+    if recipe.output.kind == "adapter":
+        message = f"'{whole[0]}' is a full fine-tune, whose norms and biases no adapter holds"
+        raise recipe.problem(("output", "kind"), f"{message}; write output: {{kind: model}}")
+    stored = {header.dtype for checkpoint in checkpoints for header in checkpoint.modules.values()}
+    dtype = torch.float64 if torch.float64 in stored else getattr(torch, recipe.dtype)
+    found: list[Checkpoint] = []
+    problems: list[MergeError] = []
+    for index, checkpoint in enumerate(checkpoints):
+        try:
+            if isinstance(checkpoint, WholeModel):
+                found.append(checkpoint.against(base, dtype))
+            else:
+                found.append(_under_names_of(base, checkpoint))
+        except MergeError as error:  # noqa: PERF203 - every input's problem is wanted
+            problems += [_placed(problem, recipe, index) for problem in error.problems]
+    raise_together(problems)
+    return found
+
+
+def _under_names_of(base: ModelDirectory | None, checkpoint: Checkpoint) -> Checkpoint:
+    if base is None:
+        return checkpoint
+    names = {base.module_of(key): module for module, key in base.keys_for(checkpoint.modules).items()}
+    return checkpoint if all(name == own for name, own in names.items()) else _Renamed(checkpoint, names)
+
+
+class _Renamed(Checkpoint):
+    """A checkpoint whose modules go by other names.
+
+    Args:
+        checkpoint: whatever it is.
+        names: its own name of each module, by the new one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+        self.__dict__ |= {name: value for name, value in checkpoint.__dict__.items() if not name.startswith("_")}
+        self._checkpoint, self._names = checkpoint, names
+        self.modules = {name: replace(checkpoint.modules[own], name=name) for name, own in names.items()}
+
+    @property
+    def identity(self) -> object:
+        """That of the checkpoint."""
+        return self._checkpoint.identity
+
+    def read(self, module: str) -> InputUpdate:
+        """The update of one module."""
+        return self._checkpoint.read(self._names[module])
 
 
 class _PostponedError(Exception):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import heapq
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from mergekit_lowrank.spaces import ModuleShape, Space
+from mergekit_lowrank.spaces import BLOCK_ENTRIES, ModuleShape, Space
 from mergekit_lowrank.strategies import Strategy
 
-__all__ = ["default_memory_bytes", "format_bytes", "module_peak_bytes", "recycle_freed_memory"]
+__all__ = ["Footprint", "default_memory_bytes", "footprint", "format_bytes", "overhead_bytes", "settle_allocator"]
 
 DEFAULT_SHARE = 4
 """A merge takes at most one part in this many of the machine's memory unless told otherwise."""
@@ -28,8 +29,28 @@ CORE_COPIES = 12
 vectors, and the workspace of LAPACK's divide and conquer, four more."""
 DOUBLE_BYTES = 8
 
+FINISHING_BLOCKS = 6
+"""Blocks of rows in float64 that a pass over dense matrices holds for each of them."""
+
+FIXED_BYTES = 16 << 20
+"""Of any merge: imports at the first use, buffers of hashes and journals, arrays of the library's heap (measured: 4 MiB)."""
+WORKER_BYTES = 4 << 20
+"""Of a thread or a process beyond an interpreter: stacks, its part of the heap (measured: 0.2 and 2 MiB)."""
+MODULE_BYTES = 12 << 10
+"""Plan, record, receipt and their texts of one module (measured: 6 to 10 KiB)."""
+HEADER_BYTES = 2 << 10
+"""What is known of one tensor or one input's module before it is read (measured: 1.7 KiB)."""
+
 RECYCLED_BYTES = 24 << 20
 """Below glibc's limit of 32 MiB (mallopt(3), M_MMAP_THRESHOLD)."""
+RETURNED_BYTES = 1 << 20
+"""Blocks below that are kept even where memory is tight: there are many, and their holes are small."""
+HOLES = 2
+"""What is held over what is in use, where freed memory is kept (measured: 1.3 in merges in ``delta``)."""
+READ_AHEAD = 2
+"""Modules in flight beyond those being merged."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3): bytes kept at the top of the heap, and from which size on a block gets pages of its own."""
 
 CONTROL_GROUP_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -60,47 +81,100 @@ def _container_limits() -> Iterator[float]:
             yield int(path.read_text())  # "max" means no limit
 
 
-def recycle_freed_memory() -> None:
-    """Let the C library reuse what a module frees for the next one.
+def settle_allocator(peaks: Iterable[int], workers: int, limit_bytes: int, *, are_dense: bool) -> None:
+    """Let the C library keep freed memory for the next module where there is room for that, else give it back at once.
 
-    glibc asks the system for every large block anew, and the system zeroes it page by page, until one as large has been
-    freed; after this one, which is never touched, it keeps blocks of up to 24 MiB. Elsewhere it does nothing.
+    To keep it is a tenth to a fifth faster, since the system zeroes every page it hands out, but blocks of different
+    sizes leave holes. It does nothing where the library is not glibc.
+
+    Args:
+        peaks: what each module holds at most.
+        workers: modules that are merged at once.
+        limit_bytes: what all of them may hold.
+        are_dense: whether matrices are merged entry by entry. What is selected from their blocks lies between these:
+            the holes then grow with the matrices, whatever is in use.
     """
-    torch.empty(RECYCLED_BYTES, dtype=torch.uint8)
+    in_flight = sum(heapq.nlargest(workers + READ_AHEAD, peaks))
+    if are_dense or HOLES * in_flight > limit_bytes:
+        _settle(mapped_bytes=RETURNED_BYTES, kept_bytes=RETURNED_BYTES)
+    else:
+        _settle(mapped_bytes=RECYCLED_BYTES, kept_bytes=2 * RECYCLED_BYTES)
 
 
-def module_peak_bytes(
+def _settle(*, mapped_bytes: int, kept_bytes: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, mapped_bytes)
+        library.mallopt(M_TRIM_THRESHOLD, kept_bytes)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one module's merge holds at once, at most.
+
+    Attributes:
+        peak_bytes: of anonymous memory.
+        scratch_bytes: part of it that may lie in a file on disk instead.
+    """
+
+    peak_bytes: int
+    scratch_bytes: int
+
+    def within(self, limit_bytes: int) -> Footprint:
+        """With as much as possible on disk where it is more than the limit; nothing on disk where it is not."""
+        if self.peak_bytes <= limit_bytes:
+            return Footprint(self.peak_bytes, 0)
+        return Footprint(self.peak_bytes - self.scratch_bytes, self.scratch_bytes)
+
+
+def overhead_bytes(workers: int, modules: int, headers: int) -> int:
+    """What a merge holds whatever its modules are: plan, records and headers, threads and their buffers.
+
+    Args:
+        workers: modules that are merged at once.
+        modules: of the output.
+        headers: modules of all inputs, and of the base where it is opened.
+    """
+    return FIXED_BYTES + workers * WORKER_BYTES + modules * MODULE_BYTES + headers * HEADER_BYTES
+
+
+def footprint(
     shape: ModuleShape,
     strategy: Strategy,
     space: Space,
     *,
     stored_bytes: int,
-    rank: int,
+    rank: int | None,
     compute_bytes: int,
     canonical: bool = False,
     balanced: bool = False,
-) -> int:
+) -> Footprint:
     """Upper estimate of what one module's merge holds at once.
 
     Args:
         shape: of the module.
         strategy: what merges it.
         space: where.
-        stored_bytes: of the factors as read.
-        rank: of the output, or a bound of it.
+        stored_bytes: of the factors as read; dense inputs are read in blocks.
+        rank: of the output, or a bound of it; None where the result is kept whole.
         compute_bytes: of one number in the compute type.
         canonical: whether the inputs' factors are replaced by canonical ones.
         balanced: whether the output's are.
     """
     held = shape.factor_entries + strategy.working_entries(shape, space)
+    sides, limit = shape.d_out + shape.d_in, min(shape.d_out, shape.d_in)
+    low_rank = shape.joint_rank - shape.dense * limit
+    result_rank = 0 if rank is None and shape.dense else max(rank or 0, min(low_rank, space.merged_rank(shape)))
     # Compression: the result and its thin bases. Diagnostics: [result, inputs], copied by each decomposition.
-    result_rank = max(rank, min(shape.joint_rank, space.merged_rank(shape)))
-    sides = shape.d_out + shape.d_in
-    finishing = 3 * (shape.joint_rank + result_rank) * sides
+    block = min(BLOCK_ENTRIES, shape.d_out * shape.d_in)
+    finishing = 3 * (low_rank + result_rank) * sides + FINISHING_BLOCKS * block * (shape.dense + 1)
     # Factors made canonical stand beside the given ones, and beside the bases of one update at a time.
     if canonical:
         held += shape.factor_entries + CANONICAL_COPIES * max(shape.ranks) * sides
     if balanced:
         finishing += CANONICAL_COPIES * result_rank * sides
-    cores = CORE_COPIES * min(result_rank, shape.d_out, shape.d_in) ** 2 * DOUBLE_BYTES
-    return stored_bytes + (held + finishing) * compute_bytes + cores
+    cores = CORE_COPIES * min(result_rank, limit) ** 2 * DOUBLE_BYTES
+    return Footprint(
+        stored_bytes + (held + finishing) * compute_bytes + cores,
+        strategy.scratch_entries(shape, space) * compute_bytes,
+    )

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.engine.devices import move
+from mergekit_lowrank.engine.devices import Device
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.formats import DTYPES
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, canonical, compare
+from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, Update, canonical, compare
 from mergekit_lowrank.policies import Compressed, Scaling, retained
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
 
 __all__ = [
+    "Encodings",
     "MergedInputs",
     "MergedModule",
     "ModuleRecord",
     "blamed",
-    "encode",
+    "context_of",
+    "encoding_key",
     "merge_inputs",
     "merge_module",
     "rank_generator",
@@ -47,7 +49,7 @@ class ModuleRecord:
         method: what merged it.
         space: where.
         participants: labels of the inputs that have it.
-        rank: directions in the merged update as kept (padding apart).
+        rank: directions in the merged update as kept (padding apart); None for a dense one that is kept whole.
         energy: ‖ΔW‖²_F of the merged update before it was cut.
         kept_energy: share of it that was kept.
         cut_error: ‖M − M_rank‖_F / ‖M‖_F of the cut alone, M the merged update.
@@ -68,7 +70,7 @@ class ModuleRecord:
     method: str
     space: str
     participants: tuple[str, ...]
-    rank: int
+    rank: int | None
     energy: float
     kept_energy: float
     cut_error: float
@@ -86,22 +88,27 @@ class ModuleRecord:
         """The record as plain data."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModuleRecord:
+        """The record that ``to_dict`` gave, after a way through JSON."""
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        return cls(**plain)
+
 
 @dataclass(frozen=True, eq=False)
 class MergedModule:
-    """One module's result on the CPU in the stored type, all scaling in b.
+    """One module's result.
 
     Attributes:
         name: the module.
-        b: (d_out, rank).
-        a: (rank, d_in).
+        update: as it is to be stored: factors on the CPU in the stored type with all scaling in b; for a fold into the
+            base the update itself, on the device in the compute type.
         artefacts: what the strategy returned beside it, by name.
         record: for the report.
     """
 
     name: str
-    b: Tensor
-    a: Tensor
+    update: Update
     artefacts: Mapping[str, Tensor]
     record: ModuleRecord
 
@@ -119,8 +126,68 @@ class MergedInputs:
 
     update: Update
     scaling: Scaling
-    inputs: tuple[LowRankUpdate, ...]
+    inputs: tuple[InputUpdate, ...]
     artefacts: Callable[[LowRankUpdate], Mapping[str, Tensor]]
+
+
+class Encodings:
+    """The coordinates of one module's inputs, for as many merges of them as there are.
+
+    What is made for one merge is kept until a merge needs another form or space: in the order of ``encoding_key`` each
+    decomposition is made once, and never two of them are held.
+
+    Args:
+        stored: the inputs as read.
+        device: where they are merged.
+        are_kept: whether there are several merges; else nothing is held for the next one.
+    """
+
+    def __init__(self, stored: Sequence[InputUpdate], device: Device, *, are_kept: bool = False) -> None:
+        self._stored, self._device, self._are_kept = stored, device, are_kept
+        self._form: Hashable = None
+        self._updates: list[InputUpdate] = []
+        self._key: Hashable = None
+        self._coordinates: Coordinates | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are merged, as torch knows it."""
+        return self._device.torch
+
+    def of(self, plan: Plan, module: ModulePlan) -> Coordinates:
+        """Those that the plan asks for, with the weights of the module."""
+        space, key = module.group.space, encoding_key(plan, module)
+        if not self._are_kept:
+            return space.encode(self._in_form(plan), module.weights)
+        if self._coordinates is None or self._key != key:
+            self._coordinates = None  # before the next are made
+            self._key, self._coordinates = key, space.encode(self._in_form(plan), module.weights)
+        if self._coordinates.weights != module.weights:
+            return space.reweighted(self._coordinates, module.weights)
+        return self._coordinates
+
+    def _in_form(self, plan: Plan) -> list[InputUpdate]:
+        """The inputs on the device in the compute type, canonical where the recipe asks for it."""
+        form = _form(plan)
+        if self._updates and self._form == form:
+            return self._updates
+        self._updates = []
+        updates = self._device.upload(self._stored, plan.compute_dtype)
+        if plan.recipe.canonical:
+            updates = [canonical(u) if isinstance(u, LowRankUpdate) else u for u in updates]
+        if self._are_kept:
+            self._form, self._updates = form, updates
+        return updates
+
+
+def _form(plan: Plan) -> tuple[str, str]:
+    return str(plan.compute_dtype), plan.recipe.canonical or ""
+
+
+def encoding_key(plan: Plan, module: ModulePlan) -> tuple[str, ...]:
+    """Equal for merges that share coordinates; in its order those that share a form of the inputs are neighbours."""
+    space = module.group.space
+    return (*_form(plan), space.name, space.params.model_dump_json())
 
 
 @contextmanager
@@ -143,8 +210,8 @@ def _who(module: ModulePlan) -> str:
     return f"strategy '{group.method}'" + ("" if group.owner == BUILT_IN else f" of plugin '{group.owner}'")
 
 
-def read_updates(plan: Plan, module: ModulePlan) -> list[LowRankUpdate]:
-    """The participants' updates as stored, on the CPU."""
+def read_updates(plan: Plan, module: ModulePlan) -> list[InputUpdate]:
+    """The participants' updates as stored, on the CPU; dense ones are read when they are merged."""
     return [plan.inputs[t].read(module.name) for t in module.participants]
 
 
@@ -162,27 +229,16 @@ def context_of(plan: Plan, module: ModulePlan, survey: Survey | None) -> MergeCo
     )
 
 
-def encode(
-    plan: Plan, module: ModulePlan, stored: Sequence[LowRankUpdate], device: torch.device, survey: Survey | None
-) -> tuple[Coordinates, MergeContext]:
-    """The coordinates of one module and what goes with them."""
-    updates = move(stored, device, plan.compute_dtype)
-    if plan.recipe.canonical:
-        updates = [canonical(update) for update in updates]
-    return module.group.space.encode(updates, module.weights), context_of(plan, module, survey)
-
-
-def merge_inputs(
-    plan: Plan, module: ModulePlan, stored: Sequence[LowRankUpdate], device: torch.device, survey: Survey | None
-) -> MergedInputs:
+def merge_inputs(plan: Plan, module: ModulePlan, encodings: Encodings, survey: Survey | None) -> MergedInputs:
     """The merged update of one module, as large as its scale policy makes it.
 
     Raises:
         StrategyError: the strategy gave a wrong shape or values that are not finite.
     """
     strategy = module.group.strategy
+    context = context_of(plan, module, survey)
     with blamed(module):
-        coordinates, context = encode(plan, module, stored, device, survey)
+        coordinates = encodings.of(plan, module)
         merged = strategy.merge(coordinates, context)
     _check(merged, module)
     scaling = module.scale.scaling(merged, coordinates.updates, module.weights)
@@ -223,9 +279,7 @@ def rank_generator(plan: Plan, module: ModulePlan) -> torch.Generator:
     return keyed_generator(plan.recipe.seed, module.name, "rank")
 
 
-def merge_module(
-    plan: Plan, module: ModulePlan, stored: Sequence[LowRankUpdate], device: torch.device, survey: Survey | None
-) -> MergedModule:
+def merge_module(plan: Plan, module: ModulePlan, encodings: Encodings, survey: Survey | None) -> MergedModule:
     """The merged module.
 
     Raises:
@@ -234,17 +288,21 @@ def merge_module(
         OutputError: the stored type cannot hold the result.
     """
     start = time.perf_counter()
-    merged = merge_inputs(plan, module, stored, device, survey)
+    merged = merge_inputs(plan, module, encodings, survey)
     compressed = module.rank.compress(merged.update, rank_generator(plan, module))
-    plan.accepted(compressed.update.rank, module.name)  # or nothing of it is written
-    if plan.recipe.output.balance:
-        compressed = replace(compressed, update=canonical(compressed.update))
-    b, a = _stored(compressed.update, module, plan.out_dtype)
-    scaling = merged.scaling
-    written = LowRankUpdate(b, a).to(device, plan.compute_dtype)
-    record = _record(plan, module, merged.inputs, compressed, written, scaling.factor)
-    record |= {"warnings": tuple(_warnings(scaling, record)), "wall_seconds": time.perf_counter() - start}
-    return MergedModule(module.name, b, a, merged.artefacts(written), ModuleRecord(**record))
+    stored = written = compressed.update
+    if not plan.folds:
+        factors = _stored(_as_adapter(plan, module, compressed.factors), module, plan.out_dtype)
+        stored, written = factors, factors.to(encodings.device, plan.compute_dtype)
+    record = _record(plan, module, merged.inputs, compressed, written, merged.scaling.factor)
+    record |= {"warnings": tuple(_warnings(merged.scaling, record)), "wall_seconds": time.perf_counter() - start}
+    artefacts = merged.artefacts(written) if isinstance(written, LowRankUpdate) else {}
+    return MergedModule(module.name, stored, artefacts, ModuleRecord(**record))
+
+
+def _as_adapter(plan: Plan, module: ModulePlan, update: LowRankUpdate) -> LowRankUpdate:
+    plan.accepted(update.rank, module.name)  # or nothing of it is written
+    return canonical(update) if plan.recipe.output.balance else update
 
 
 def _warnings(scaling: Scaling, record: Mapping[str, Any]) -> Iterator[str]:
@@ -272,8 +330,8 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """B with all scaling in it and a, on the CPU in the stored type: one rounding each."""
+def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> LowRankUpdate:
+    """The factors on the CPU in the stored type, all scaling in b: one rounding each."""
     if not (_is_finite(update.b) and _is_finite(update.a)):
         raise StrategyError(f"module '{module.name}': the decomposition of the merged update is not finite")
     b, a = update.b.cpu(), update.a.cpu().to(dtype)
@@ -284,15 +342,15 @@ def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> tu
             f"module '{module.name}': the merged factors exceed the range of {name}; "
             "set out_dtype: bfloat16 or float32, or a smaller scale"
         )
-    return b, a
+    return LowRankUpdate(b, a)
 
 
 def _record(
     plan: Plan,
     module: ModulePlan,
-    updates: Sequence[LowRankUpdate],
+    updates: Sequence[InputUpdate],
     compressed: Compressed,
-    written: LowRankUpdate,
+    written: Update,
     scale: float,
 ) -> dict[str, Any]:
     aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
@@ -303,7 +361,7 @@ def _record(
         "method": module.group.method,
         "space": module.group.space.name,
         "participants": tuple(plan.inputs[t].label for t in module.participants),
-        "rank": compressed.update.rank,
+        "rank": compressed.rank,
         "energy": compressed.spectrum.energy,
         "kept_energy": compressed.kept_energy,
         "cut_error": compressed.error,

@@ -13,6 +13,7 @@ from mergekit_lowrank.policies import (
     ErrorRank,
     FixedRank,
     RankPolicy,
+    WholeRank,
     least_rank,
     snapped,
 )
@@ -37,6 +38,8 @@ def rank_policy(settings: Settings, shape: ModuleShape, recipe: Recipe, largest_
         recipe: whether ranks are uniform, and which are accepted.
         largest_rank: over all inputs and modules.
     """
+    if recipe.output.kind == "model" and not settings.is_rank_given:
+        return WholeRank()
     limit, guess, asked = min(shape.d_out, shape.d_in), max(shape.ranks), settings.rank
     if settings.group.strategy.keeps_factors:  # even where they have more components than the update can have ranks
         limit = max(limit, settings.group.space.merged_rank(shape))

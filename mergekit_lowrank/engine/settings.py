@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -31,6 +31,10 @@ INSTEAD = {
 """Parameters of mergekit's methods that are called otherwise here."""
 
 
+ELEMENTWISE_SPACE = "delta"
+"""Where what is not a matrix is merged: a vector has no singular directions, and a row of an embedding is a token's."""
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Modules that share a method, its parameters and its space: one strategy, one survey.
@@ -41,6 +45,7 @@ class Group:
         owner: the plugin that registered it.
         strategy: the instance that merges them.
         space: the instance that encodes them.
+        takes_dense: whether both take dense inputs.
         input_params: parameters of its own, for each input of the recipe.
     """
 
@@ -49,6 +54,7 @@ class Group:
     owner: str
     strategy: Strategy
     space: Space
+    takes_dense: bool
     input_params: tuple[Mapping[str, Any], ...]
 
 
@@ -61,6 +67,7 @@ class Settings:
     scale: ScalePolicy
     rank: Rank
     has_own_rank: bool
+    is_rank_given: bool
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,7 @@ class SettingsResolver:
             clash = f"'{preset.name}' and space '{space_class.name}' both have a parameter {', '.join(own & theirs)}"
             self.problems.append(StrategyError(f"{clash}; a recipe could not tell them apart, so one must be renamed"))
         self.problems += self._wrong_input_count(preset, at)
-        names = own | theirs
-        return _Scope(preset, space_class, tuple(sources), inherited, rule, names)
+        return _Scope(preset, space_class, tuple(sources), inherited, rule, own | theirs)
 
     def _wrong_input_count(self, preset: Preset, at: Loc) -> Iterator[MergeError]:
         lowest, highest = preset.strategy.min_inputs, preset.strategy.max_inputs
@@ -186,9 +192,20 @@ class SettingsResolver:
             return f"expected {what}, found {leaf!r} ({info.description or 'see the parameter table'})"
         return None
 
-    def of(self, module: str, depth: float) -> Settings:
-        """The settings of one module; ``problems`` must be empty."""
+    def of(self, module: str, depth: float, *, is_matrix: bool = True) -> Settings:
+        """The settings of one module; ``problems`` must be empty.
+
+        Args:
+            module: its name.
+            depth: where it lies in the model, from 0 to 1.
+            is_matrix: whether it is a weight matrix; norms, biases and embeddings are merged in ``delta``.
+
+        Raises:
+            StrategyError: the method has no way to merge what is not a matrix.
+        """
         scope = self._matching(module)
+        if not is_matrix:
+            scope = self._beside_matrices(scope)
         chosen = self._chosen(scope, module, depth)
         rule, recipe = scope.rule, self._recipe
         inherits_scale = rule is None or rule.scale is None
@@ -199,6 +216,7 @@ class SettingsResolver:
             scale=scale_policy(recipe.scale if inherits_scale else rule.scale),  # type: ignore[arg-type, union-attr]
             rank=(rule.rank if own_rank else recipe.output.rank) or scope.preset.default_rank,  # type: ignore[union-attr]
             has_own_rank=own_rank,
+            is_rank_given=own_rank or recipe.output.rank is not None,
         )
 
     def _matching(self, module: str) -> _Scope:
@@ -209,6 +227,26 @@ class SettingsResolver:
                 return scope
         assert self._general is not None  # noqa: S101 - problems are raised before
         return self._general
+
+    def _beside_matrices(self, scope: _Scope) -> _Scope:
+        """What merges norms, biases and embeddings in place of a method: itself in ``delta``, or its stand-in there."""
+        delta = self._registry.space(ELEMENTWISE_SPACE)
+        strategy = scope.preset.strategy
+        if strategy.supports(delta.name):
+            return replace(scope, space=delta, names=_names(scope.preset, delta))
+        if strategy.stand_in is None:
+            raise StrategyError(
+                f"'{scope.preset.name}' merges weight matrices only, and this is a norm, a bias or an embedding. "
+                "Give these a rule with a method that works in delta, such as {match: 'regex:norm|bias|embed', "
+                "merge_method: linear}"
+            )
+        name, parameters = strategy.stand_in
+        preset = self._registry.method(name)
+        weights = tuple(({k: v for k, v in source.items() if k == "weight"}, loc) for source, loc in scope.sources)
+        sources = ((parameters, ()), *weights)
+        return replace(
+            scope, preset=preset, space=delta, sources=sources, inherits_models=False, names=_names(preset, delta)
+        )
 
     def _chosen(self, scope: _Scope, module: str, depth: float) -> dict[str, Any]:
         fixed = {**scope.preset.strategy.space_defaults, **scope.preset.parameters}
@@ -246,6 +284,7 @@ class SettingsResolver:
                 owner=self._registry.owner("strategies", scope.preset.name),
                 strategy=strategy(self._params(scope, strategy.Params, chosen)),
                 space=scope.space(self._params(scope, scope.space.Params, chosen)),
+                takes_dense=scope.preset.takes_dense and scope.space.takes_dense,
                 input_params=tuple(own),
             )
         return self._groups[key]
@@ -257,6 +296,10 @@ class SettingsResolver:
             lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise self._recipe.problem(scope.sources[0][1], f"'{scope.preset.name}': {lines}") from error
         return params
+
+
+def _names(preset: Preset, space: type[Space]) -> frozenset[str]:
+    return frozenset(preset.strategy.Params.model_fields) | frozenset(space.Params.model_fields)
 
 
 def scale_policy(scale: Scale) -> ScalePolicy:

@@ -2,75 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
-import torch
-
-from mergekit_lowrank.engine.merging import blamed, encode, read_updates
-from mergekit_lowrank.engine.plan import ModulePlan, Plan
+from mergekit_lowrank.engine.devices import Device
+from mergekit_lowrank.engine.merging import Encodings, blamed, context_of, encoding_key, read_updates
+from mergekit_lowrank.engine.placement import DevicePool, attempt
+from mergekit_lowrank.engine.plan import Plan
 from mergekit_lowrank.events import Event, SurveyRound
-from mergekit_lowrank.executors import Executor, Job
-from mergekit_lowrank.lowrank import LowRankUpdate
+from mergekit_lowrank.executors import Executor, Job, Work
+from mergekit_lowrank.lowrank import InputUpdate
 from mergekit_lowrank.strategies import Survey
 
-__all__ = ["Rounds", "run_surveys"]
+__all__ = ["Measure", "Rounds", "run_surveys"]
 
 Measurement = TypeVar("Measurement")
-Measure: TypeAlias = Callable[[ModulePlan, Sequence[LowRankUpdate]], Measurement]
-"""Something small about a module, from its inputs as stored."""
+
+
+class Measure(ABC, Generic[Measurement]):
+    """Something small about a module, from its inputs; it can be pickled."""
+
+    @abstractmethod
+    def __call__(self, module: str, encodings: Encodings) -> Measurement:
+        """The measurement of one module, by its name."""
 
 
 class Rounds:
-    """Reads modules before the merge, counts how often, and tells of it."""
+    """Reads modules before they are merged, counts how often, and tells of it.
 
-    def __init__(self, plan: Plan, executor: Executor, tell: Callable[[Event], None]) -> None:
-        self._plan, self._executor, self._tell = plan, executor, tell
+    Args:
+        plans: of the same inputs.
+        executor: how modules are scheduled.
+        pool: where they are looked at.
+        tell: takes each event.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], executor: Executor, pool: DevicePool, tell: Callable[[Event], None]
+    ) -> None:
+        self._plans, self._executor, self._pool, self._tell = plans, executor, pool, tell
         self._number = 0
 
-    def run(
-        self, modules: Sequence[ModulePlan], measure: Measure[Measurement]
-    ) -> Iterator[tuple[ModulePlan, Measurement]]:
-        """One round: each module with its measurement, in any order."""
+    def run(self, modules: Sequence[str], measure: Measure[Measurement]) -> Iterator[tuple[str, Measurement]]:
+        """One round: each module by name with its measurement, in any order."""
         self._number += 1
-        jobs = [self._job(module, measure) for module in modules]
-        for module, measurement in self._executor.run(jobs, memory_bytes=self._plan.memory_bytes):
-            self._tell(SurveyRound(module.name, self._number, len(modules)))
-            yield module, measurement
-
-    def _job(self, module: ModulePlan, measure: Measure[Measurement]) -> Job[tuple[ModulePlan, Measurement]]:
-        return Job(
-            module.name,
-            module.peak_bytes,
-            lambda: read_updates(self._plan, module),
-            lambda updates: (module, measure(module, updates)),
-        )
+        work = _RoundWork(self._plans, modules, measure, self._pool)
+        jobs = [Job(n, name, max(p.module(name).peak_bytes for p in self._plans)) for n, name in enumerate(modules)]
+        memory_bytes = min(plan.modules_bytes for plan in self._plans)
+        for n, measurement in self._executor.run(work, jobs, memory_bytes=memory_bytes):
+            self._tell(SurveyRound(modules[n], self._number, len(modules)))
+            yield modules[n], measurement
 
 
-def run_surveys(plan: Plan, rounds: Rounds, device: torch.device) -> dict[str, Survey]:
-    """The finished surveys by group; groups without one are absent.
+class _RoundWork(Work[list[InputUpdate], tuple[int, Measurement]]):
+    def __init__(
+        self, plans: Sequence[Plan], modules: Sequence[str], measure: Measure[Measurement], pool: DevicePool
+    ) -> None:
+        self._plans, self._modules, self._measure, self._pool = plans, modules, measure, pool
 
-    All groups go through their rounds together, so that a round reads each module once.
+    def arrive(self, worker: int, workers: int) -> None:
+        self._pool = self._pool.of_worker(worker, workers)
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self._pool.has_gpus
+
+    def read(self, job: Job) -> list[InputUpdate]:
+        return read_updates(self._plans[0], self._plans[0].module(job.name))
+
+    def run(self, job: Job, inputs: list[InputUpdate]) -> tuple[int, Measurement]:
+        def measure(device: Device) -> Measurement:
+            return self._measure(job.name, Encodings(inputs, device, are_kept=len(self._plans) > 1))
+
+        found, _ = attempt(self._pool, measure, need_bytes=job.peak_bytes)
+        return job.index, found
+
+
+class _Look(Measure[dict[tuple[int, str], Any]]):
+    """What the surveys of a module's groups measure, by plan and group; those that are not finished."""
+
+    def __init__(self, plans: Sequence[Plan], surveys: Mapping[tuple[int, str], Survey]) -> None:
+        self._plans, self._surveys = plans, surveys
+
+    def __call__(self, module: str, encodings: Encodings) -> dict[tuple[int, str], Any]:
+        found = {}
+        modules = [(n, plan, plan.module(module)) for n, plan in enumerate(self._plans)]
+        for n, plan, own in sorted(modules, key=lambda entry: encoding_key(entry[1], entry[2])):
+            survey = self._surveys.get((n, own.group.key))
+            if survey is not None:
+                with blamed(own):
+                    found[n, own.group.key] = survey.measure(encodings.of(plan, own), context_of(plan, own, None))
+        return found
+
+
+def run_surveys(plans: Sequence[Plan], rounds: Rounds) -> list[dict[str, Survey]]:
+    """The finished surveys of each plan by group; groups without one are absent.
+
+    All groups of all plans go through their rounds together, so that a round reads each module once.
     """
-    groups = {module.group.key: module.group for module in plan.modules}
+    groups = {(n, m.group.key): m.group for n, plan in enumerate(plans) for m in plan.modules}
     made = {key: group.strategy.survey() for key, group in groups.items()}
     surveys = {key: survey for key, survey in made.items() if survey is not None}
-
-    def measure(module: ModulePlan, updates: Sequence[LowRankUpdate]) -> Any:
-        with blamed(module):
-            coordinates, context = encode(plan, module, updates, device, None)
-            return surveys[module.group.key].measure(coordinates, context)
-
-    unfinished = set(surveys)
+    unfinished = dict(surveys)
     while unfinished:
-        modules = [module for module in plan.modules if module.group.key in unfinished]
-        totals: dict[str, Any] = {}
-        for module, measurement in rounds.run(modules, measure):
-            key = module.group.key
-            totals[key] = totals[key] + measurement if key in totals else measurement
-        unfinished = {key for key in _in_order(totals, surveys) if surveys[key].conclude(totals[key])}
-    return surveys
+        looked_at = [m.name for m in plans[0].modules if _is_looked_at(m.name, plans, unfinished)]
+        totals: dict[tuple[int, str], Any] = {}
+        for _, measurements in rounds.run(looked_at, _Look(plans, unfinished)):
+            for key, measurement in measurements.items():
+                totals[key] = totals[key] + measurement if key in totals else measurement
+        unfinished = {key: survey for key, survey in unfinished.items() if survey.conclude(totals[key])}
+    return [{group: survey for (own, group), survey in surveys.items() if own == n} for n in range(len(plans))]
 
 
-def _in_order(totals: dict[str, Any], surveys: dict[str, Survey]) -> Iterable[str]:
-    return (key for key in surveys if key in totals)
+def _is_looked_at(module: str, plans: Sequence[Plan], surveys: Mapping[tuple[int, str], Survey]) -> bool:
+    return any((n, plan.module(module).group.key) in surveys for n, plan in enumerate(plans))

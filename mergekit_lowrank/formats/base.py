@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from mergekit_lowrank.lowrank import LowRankUpdate
+from mergekit_lowrank.lowrank import InputUpdate
 
 __all__ = ["Checkpoint", "Format", "ModuleHeader"]
 
@@ -23,10 +23,13 @@ class ModuleHeader:
         name: the module's name in the base model, such as ``model.layers.3.self_attn.q_proj``.
         d_out: rows of the delta.
         d_in: columns of the delta.
-        rank: r, read from the tensors, never from the configuration.
-        scaling: what multiplies b · a.
+        rank: r, read from the tensors, never from the configuration; min(d_out, d_in) of a dense update.
+        scaling: what multiplies b · a; 1 of a dense update.
         dtype: the stored type; the wider one where the two factors differ.
-        stored_bytes: bytes of both factors in the file.
+        stored_bytes: bytes of both factors, or of the whole tensor, in the file.
+        is_dense: whether the update is a difference of whole weights, which is read in blocks of rows.
+        kind: ``matrix``: the weight of a linear layer, which adapters change too; ``embedding``: a table with a row for
+            each token or position; ``vector``: any other parameter, merged entry by entry, such as norms and biases.
     """
 
     name: str
@@ -36,6 +39,8 @@ class ModuleHeader:
     scaling: float
     dtype: torch.dtype
     stored_bytes: int
+    is_dense: bool = False
+    kind: Literal["matrix", "vector", "embedding"] = "matrix"
 
 
 class Checkpoint(ABC):
@@ -69,8 +74,10 @@ class Checkpoint(ABC):
         return tuple(sorted(path.resolve() for path in self.files)) or id(self)
 
     @abstractmethod
-    def read(self, module: str) -> LowRankUpdate:
-        """The update of one module, on the CPU in its stored type, both factors finite.
+    def read(self, module: str) -> InputUpdate:
+        """The update of one module: factors on the CPU in their stored type, both finite, or a dense update to stream.
+
+        A dense update reads its files when rows of it are asked for, and raises its errors then.
 
         Raises:
             CheckpointError: a factor holds NaN or Inf (the tensor is named), or the file cannot be read.

@@ -1,7 +1,8 @@
 """Tensor files, headers first: safetensors, pickles, shards and plain mappings behind one class.
 
-Opening reads headers only. ``read`` then copies one tensor out of a safetensors file, so that nothing stays mapped and
-memory is bounded by what the caller holds; tensors of a pickle are views of the mapped file.
+Opening reads headers only. ``read`` then copies one tensor, or ``read_rows`` some of its rows, out of a safetensors
+file, so that nothing stays mapped and memory is bounded by what the caller holds; tensors of a pickle are views of the
+mapped file. Sources can be pickled: another process opens their files anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypedDict
@@ -82,6 +83,11 @@ class TensorSource(ABC):
         """Equal for two sources that are one."""
         return self.files
 
+    @property
+    def shards(self) -> Mapping[Path, tuple[str, ...]]:
+        """The names by the file that holds their data, in the order of ``specs``; empty for tensors in memory."""
+        return {file: tuple(self.specs) for file in self.files}
+
     @abstractmethod
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU in its stored type. Not to be written to.
@@ -89,6 +95,18 @@ class TensorSource(ABC):
         Raises:
             CheckpointError: the file can no longer be read.
         """
+
+    def read_rows(self, key: str, where: slice) -> Tensor:
+        """Rows ``where`` of one tensor, along its first dimension, as ``read`` gives them.
+
+        Args:
+            key: a tensor of at least one dimension.
+            where: without a step.
+
+        Raises:
+            CheckpointError: the file can no longer be read.
+        """
+        return self.read(key)[where]
 
 
 def open_tensors(path: Path) -> TensorSource:
@@ -116,20 +134,33 @@ class SafetensorsFile(TensorSource):
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor."""
+        spec = self.specs[key]
+        return self._read_bytes(key, 0, spec.stored_bytes).view(spec.dtype).reshape(spec.shape)
+
+    def read_rows(self, key: str, where: slice) -> Tensor:
+        """A copy of some rows, which lie in one piece."""
+        spec = self.specs[key]
+        first, end, _ = where.indices(spec.shape[0])
+        rows, row_bytes = max(0, end - first), spec.stored_bytes // max(1, spec.shape[0])
+        data = self._read_bytes(key, first * row_bytes, rows * row_bytes)
+        return data.view(spec.dtype).reshape(rows, *spec.shape[1:])
+
+    def _read_bytes(self, key: str, begin: int, size_bytes: int) -> Tensor:
+        """Bytes of one tensor, from its ``begin``-th on. Each call opens the file anew: threads share no position."""
         (path,), spec = self.files, self.specs[key]
-        buffer = torch.empty(spec.stored_bytes, dtype=torch.uint8)
+        buffer = torch.empty(size_bytes, dtype=torch.uint8)
         try:
             with path.open("rb") as file:
-                file.seek(self._positions[key])
+                file.seek(self._positions[key] + begin)
                 count = file.readinto(buffer.numpy().data)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read tensor '{key}': {error}.") from error
-        if count != spec.stored_bytes:
+        if count != size_bytes:
             raise CheckpointError(
-                f"{path}: tensor '{key}' ends after {count} of {spec.stored_bytes} bytes. The file changed while "
-                "it was in use: copy or download it again, and start over."
+                f"{path}: tensor '{key}' ends after {begin + count} of {spec.stored_bytes} bytes. The file changed "
+                "while it was in use: copy or download it again, and start over."
             )
-        return buffer.view(spec.dtype).reshape(spec.shape)
+        return buffer
 
 
 class TensorMapping(TensorSource):
@@ -157,6 +188,14 @@ class TensorMapping(TensorSource):
         """The tensor itself where it is on the CPU, else a copy."""
         return self._tensors[key].detach().cpu()
 
+    def read_rows(self, key: str, where: slice) -> Tensor:
+        """The rows themselves where they are on the CPU, else a copy."""
+        return self._tensors[key].detach()[where].cpu()
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        """The path of a pickle, which is mapped again; tensors in memory themselves."""
+        return (open_tensors, self.files) if self.files else (_from_memory, (self._tensors,))
+
 
 class ShardedTensors(TensorSource):
     """The shards that an ``.index.json`` with a ``weight_map`` lists, shard after shard."""
@@ -168,22 +207,36 @@ class ShardedTensors(TensorSource):
             if key not in shards[name].specs:
                 raise CheckpointError(
                     f"{index}: tensor '{key}' should be in '{name}', which does not hold it. "
-                    "Index and shards must come from the same save: download the whole adapter again."
+                    "Index and shards must come from the same save: download all of it again."
                 )
         for name, shard in shards.items():
             for key in shard.specs:
                 if weight_map.get(key) != name:
                     raise CheckpointError(
                         f"{index}: '{name}' holds tensor '{key}', which the index does not place there. "
-                        "Index and shards must come from the same save: download the whole adapter again."
+                        "Index and shards must come from the same save: download all of it again."
                     )
         self.files = (index, *(file for shard in shards.values() for file in shard.files))
         self.specs = {key: spec for shard in shards.values() for key, spec in shard.specs.items()}
         self._shards = {key: shards[name] for key, name in weight_map.items()}
+        self._files = {file: keys for shard in shards.values() for file, keys in shard.shards.items()}
+
+    @property
+    def shards(self) -> Mapping[Path, tuple[str, ...]]:
+        """The names by shard, shard after shard."""
+        return self._files
 
     def read(self, key: str) -> Tensor:
         """One tensor out of its shard."""
         return self._shards[key].read(key)
+
+    def read_rows(self, key: str, where: slice) -> Tensor:
+        """Some rows out of their shard."""
+        return self._shards[key].read_rows(key, where)
+
+
+def _from_memory(tensors: Mapping[str, Tensor]) -> TensorMapping:
+    return TensorMapping(tensors, where="in memory")
 
 
 def _read_safetensors_header(path: Path) -> tuple[dict[str, _HeaderEntry], int]:
@@ -209,7 +262,7 @@ def _spec(entry: _HeaderEntry, *, key: str, path: Path) -> TensorSpec:
     if name not in DTYPES:
         raise CheckpointError(
             f"{path}: tensor '{key}' has type {name}; the types that can be read are {', '.join(DTYPES)}. "
-            "Save the adapter in float32, float16 or bfloat16."
+            "Save it in float32, float16 or bfloat16."
         )
     return TensorSpec(DTYPES[name], tuple(entry["shape"]))
 
@@ -222,7 +275,7 @@ def _advice_on_corrupt_file(path: Path) -> str:
     if start.startswith(b"version https://"):
         return "It is a Git LFS pointer, not the file itself: run 'git lfs pull' in its repository."
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return "It looks like a PyTorch pickle: name it 'adapter_model.bin', or convert it to safetensors."
+        return "It looks like a PyTorch pickle: give its name the ending '.bin', or convert it to safetensors."
     return (
         f"Found {size_bytes} bytes; expected an 8-byte header length, a JSON header, and data that its "
         "offsets cover exactly. The file is probably truncated: copy or download it again."
@@ -267,8 +320,8 @@ def _why_refused(message: str) -> str:
 def _check_dense(key: object, value: object, where: str) -> None:
     if not isinstance(key, str) or not isinstance(value, Tensor):
         raise CheckpointError(
-            f"{where}: entry {key!r} is a {type(value).__name__}; expected tensors by name only. Save the adapter's "
-            "state dict alone, as PeftModel.save_pretrained does."
+            f"{where}: entry {key!r} is a {type(value).__name__}; expected tensors by name only. Save the state "
+            "dict alone, as save_pretrained does."
         )
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         raise CheckpointError(
@@ -292,11 +345,11 @@ def _open_shard(index: Path, name: str) -> TensorSource:
     if PurePosixPath(name).name != name or "\\" in name or "\0" in name:
         raise CheckpointError(
             f"{index}: shard '{name}' lies outside the directory of the index, and was refused. "
-            "Shards are named by a plain file name; do not use this adapter unless you know why it differs."
+            "Shards are named by a plain file name; do not use this checkpoint unless you know why it differs."
         )
     if not name.endswith((".safetensors", ".bin")):
         raise CheckpointError(f"{index}: shard '{name}' is neither a .safetensors nor a .bin file.")
     path = index.with_name(name)
     if not path.is_file():
-        raise CheckpointError(f"{index}: shard '{name}' is missing. Download the whole adapter again.")
+        raise CheckpointError(f"{index}: shard '{name}' is missing. Download all of it again.")
     return open_tensors(path)

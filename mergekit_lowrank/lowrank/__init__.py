@@ -10,48 +10,71 @@ from mergekit_lowrank.lowrank.decompositions import (
     polar_factor,
     svd,
 )
-from mergekit_lowrank.lowrank.products import distance, inner, inner_products, norm, overlaps
-from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitude, kth_magnitudes, order_statistics
+from mergekit_lowrank.lowrank.dense_joint import DenseJointDecomposition, dense_joint_decomposition
+from mergekit_lowrank.lowrank.products import (
+    distance,
+    inner,
+    inner_products,
+    norm,
+    overlaps,
+    overlaps_and_energies,
+)
+from mergekit_lowrank.lowrank.scratch import empty, scratch_space
+from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitudes, order_statistics
 from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
 from mergekit_lowrank.lowrank.updates import (
     DenseUpdate,
+    InputUpdate,
     LowRankUpdate,
+    StreamedUpdate,
     Update,
+    are_low_rank,
+    blocks_of_rows,
     concatenate,
     converted,
     densify,
+    low_rank,
     padded_stacks,
 )
 
 __all__ = [
     "Comparison",
+    "DenseJointDecomposition",
     "DenseUpdate",
+    "InputUpdate",
     "JointDecomposition",
     "LowRankUpdate",
     "RadixSelection",
     "Spectrum",
+    "StreamedUpdate",
     "Truncation",
     "Update",
+    "are_low_rank",
+    "blocks_of_rows",
     "canonical",
     "compare",
     "concatenate",
     "converted",
+    "dense_joint_decomposition",
     "densify",
     "distance",
+    "empty",
     "factorise",
     "fix_signs",
     "in_double",
     "inner",
     "inner_products",
     "joint_decomposition",
-    "kth_magnitude",
     "kth_magnitudes",
     "left_singular_basis",
+    "low_rank",
     "norm",
     "order_statistics",
     "overlaps",
+    "overlaps_and_energies",
     "padded_stacks",
     "polar_factor",
+    "scratch_space",
     "spectrum_of",
     "svd",
 ]

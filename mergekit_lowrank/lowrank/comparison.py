@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from mergekit_lowrank.lowrank.decompositions import in_double
-from mergekit_lowrank.lowrank.products import by_pair, component_products, distance, inner_products, norm, overlaps
-from mergekit_lowrank.lowrank.updates import LowRankUpdate
+from mergekit_lowrank.lowrank.products import (
+    by_pair,
+    component_products,
+    distance,
+    inner_products,
+    norm,
+    overlaps,
+    products_of_rows,
+    rows_together,
+    weighted,
+)
+from mergekit_lowrank.lowrank.updates import InputUpdate, LowRankUpdate, Update, are_low_rank
 
 __all__ = ["Comparison", "compare"]
 
@@ -53,9 +63,11 @@ class Comparison:
 
 
 def compare(
-    merged: LowRankUpdate, updates: Sequence[LowRankUpdate], coefficients: Sequence[float], generator: torch.Generator
+    merged: Update, updates: Sequence[InputUpdate], coefficients: Sequence[float], generator: torch.Generator
 ) -> Comparison:
     """Norms, overlaps and the error of M against Σ c_t ΔW_t.
+
+    From products of factors; where M or an input is dense, from one pass over the rows of all, which is always exact.
 
     Args:
         merged: M.
@@ -63,14 +75,39 @@ def compare(
         coefficients: c_t.
         generator: on the CPU; draws the random inputs where the joint rank is above 256.
     """
+    if not (isinstance(merged, LowRankUpdate) and are_low_rank(updates)):
+        return _compared_by_rows(merged, updates, coefficients)
     if sum(u.rank for u in updates) > EXACT_JOINT_RANK:
         norms = tuple(norm(u) for u in updates)
         error = _probed_error(merged, updates, coefficients, norms, generator)
         return Comparison(norm(merged), norms, tuple(overlaps(merged, updates)), error, is_estimate=True)
     table = _table(merged, updates, coefficients)
-    whole, *norms_ = table.diagonal().clamp(min=0).sqrt().tolist()
-    error = _exact_error(table, merged, updates, coefficients)
-    return Comparison(whole, tuple(norms_), tuple(table[0, 1:].tolist()), error, is_estimate=False)
+    return _from_table(table, _exact_error(table, merged, updates, coefficients))
+
+
+def _from_table(table: Tensor, error: float | None) -> Comparison:
+    """What the inner products (1 + n, 1 + n) of M and all ΔW say, beside the error."""
+    whole, *norms = table.diagonal().clamp(min=0).sqrt().tolist()
+    return Comparison(whole, tuple(norms), tuple(table[0, 1:].tolist()), error, is_estimate=False)
+
+
+def _compared_by_rows(merged: Update, updates: Sequence[InputUpdate], coefficients: Sequence[float]) -> Comparison:
+    everything = [merged, *updates]
+    table = torch.zeros(len(everything), len(everything), dtype=torch.float64)
+    missed = wanted = 0.0
+    for block in rows_together(everything):
+        table += products_of_rows(block).cpu()
+        target = weighted(block[1:], coefficients)
+        wanted += float(target.square().sum())
+        missed += float(target.sub_(block[0]).square_().sum())
+    size = _size(table, coefficients)
+    return _from_table(table, None if math.sqrt(wanted) <= CANCELLED * size else math.sqrt(missed / wanted))
+
+
+def _size(table: Tensor, coefficients: Sequence[float]) -> float:
+    """Σ |c_t|·‖ΔW_t‖: what the norm of the weighted sum cannot exceed."""
+    lengths = table.diagonal()[1:].clamp(min=0).sqrt()
+    return float(lengths @ torch.tensor(coefficients, dtype=lengths.dtype).abs())
 
 
 def _table(merged: LowRankUpdate, updates: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> Tensor:

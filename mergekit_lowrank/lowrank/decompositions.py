@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mergekit_lowrank.lowrank import drivers
 from mergekit_lowrank.lowrank.updates import LowRankUpdate
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "gram",
     "in_double",
     "joint_decomposition",
+    "left_signs",
     "left_singular_basis",
     "polar_factor",
     "svd",
     "thin_basis",
     "thin_qr",
+    "where_it_pays",
 ]
 
 SMALL_SIDE = 256
@@ -58,7 +61,7 @@ def thin_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if 0 in matrix.shape:
         k = min(matrix.shape)
         return matrix.new_zeros(matrix.shape[0], k), matrix.new_zeros(k, matrix.shape[1])
-    q, r = torch.linalg.qr(_where_it_pays(matrix))
+    q, r = drivers.qr(where_it_pays(matrix))
     return q.to(matrix.device), r.to(matrix.device)
 
 
@@ -132,7 +135,7 @@ def _cholesky(products: Tensor) -> Tensor | None:
     return factor
 
 
-def _where_it_pays(matrix: Tensor) -> Tensor:
+def where_it_pays(matrix: Tensor) -> Tensor:
     """The matrix on the device that decomposes it: its own, or the CPU for small ones and where MPS cannot."""
     small = min(matrix.shape) <= SMALL_SIDE and max(matrix.shape) <= SMALL_SIDE
     return matrix.cpu() if matrix.device.type == "mps" or (matrix.device.type != "cpu" and small) else matrix
@@ -146,7 +149,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if 0 in matrix.shape:
         k = min(matrix.shape)
         return matrix.new_zeros(matrix.shape[0], k), matrix.new_zeros(k), matrix.new_zeros(k, matrix.shape[1])
-    u, s, vh = torch.linalg.svd(_where_it_pays(matrix), full_matrices=False)
+    u, s, vh = drivers.svd(where_it_pays(matrix))
     return u.to(matrix.device), s.to(matrix.device), vh.to(matrix.device)
 
 
@@ -159,12 +162,18 @@ def fix_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """
     if left.shape[0] == 0 or left.shape[1] == 0:
         return left, right
+    signs = left_signs(left)
+    return left * signs, right * signs.to(right).unsqueeze(1)
+
+
+def left_signs(left: Tensor) -> Tensor:
+    """(k,): that of the largest-magnitude entry of each column of a (d, k) matrix, the first of several that tie."""
     highest, lowest = left.amax(dim=0), -left.amin(dim=0)
     signs = torch.where(highest >= lowest, 1.0, -1.0).to(left.dtype)
     for tied in (highest == lowest).nonzero().flatten().tolist():
         column = left[:, tied]
         signs[tied] = 1.0 if column[column.abs().argmax()] >= 0 else -1.0
-    return left * signs, right * signs.to(right).unsqueeze(1)
+    return signs
 
 
 def left_singular_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:

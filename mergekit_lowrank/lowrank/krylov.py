@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mergekit_lowrank.lowrank import drivers
 from mergekit_lowrank.lowrank.decompositions import in_double, svd, thin_qr
 
 __all__ = ["frobenius_energy", "krylov_space"]
@@ -106,7 +107,7 @@ def _bordered(inner_products: Tensor, images: Sequence[Tensor]) -> Tensor:
 
 def _leading(inner_products: Tensor, rank: int) -> float:
     """The energy that the space captures in ``rank`` directions."""
-    return float(torch.linalg.eigvalsh(inner_products)[-rank:].sum())
+    return float(drivers.eigvalsh(inner_products)[-rank:].sum())
 
 
 def _is_settled(captured: Sequence[float]) -> bool:

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_lowrank.lowrank.decompositions import gram, in_double, thin_basis
-from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, concatenate
+from mergekit_lowrank.lowrank.updates import (
+    DenseUpdate,
+    InputUpdate,
+    LowRankUpdate,
+    StreamedUpdate,
+    Update,
+    are_low_rank,
+    blocks_of_rows,
+    concatenate,
+)
 
-__all__ = ["by_pair", "component_products", "distance", "inner", "inner_products", "norm", "overlaps"]
+__all__ = [
+    "by_pair",
+    "component_products",
+    "distance",
+    "inner",
+    "inner_products",
+    "norm",
+    "overlaps",
+    "overlaps_and_energies",
+    "products_of_rows",
+    "rows_together",
+    "weighted",
+]
 
-ROW_BLOCK = 1024
-"""Rows of a dense delta accumulated at once in float64."""
+STREAM_ENTRIES = 1 << 19
+"""Entries of dense deltas, over all that are read together, that are in float64 at once (4 MiB)."""
 
 
 def _inner_low(x: LowRankUpdate, y: LowRankUpdate) -> float:
@@ -23,33 +44,43 @@ def _inner_low(x: LowRankUpdate, y: LowRankUpdate) -> float:
     return float((left * right).sum()) * x.scaling * y.scaling
 
 
-def _inner_mixed(x: DenseUpdate, y: LowRankUpdate) -> float:
-    a = in_double(y.a).T
-    blocks = zip(torch.split(x.delta, ROW_BLOCK), torch.split(y.b, ROW_BLOCK), strict=True)
-    return sum(float(((in_double(rows) @ a) * in_double(b)).sum()) for rows, b in blocks) * y.scaling
+def rows_together(updates: Sequence[Update]) -> Iterator[Tensor]:
+    """The rows of n deltas of one module in float64, in order: blocks (n, rows, d_in)."""
+    d_out, d_in = updates[0].shape
+    for where in blocks_of_rows((d_out, len(updates) * d_in), STREAM_ENTRIES):
+        yield torch.stack([in_double(update.rows(where)) for update in updates])
 
 
-def _inner_dense(x: DenseUpdate, y: DenseUpdate) -> float:
-    blocks = zip(torch.split(x.delta, ROW_BLOCK), torch.split(y.delta, ROW_BLOCK), strict=True)
-    return sum(float((in_double(p) * in_double(q)).sum()) for p, q in blocks)
+def products_of_rows(block: Tensor) -> Tensor:
+    """(n, n): the inner products of n matrices (n, rows, columns)."""
+    flat = block.flatten(1)
+    return flat @ flat.T
 
 
 def inner(x: Update, y: Update) -> float:
-    """Frobenius inner product <x, y> of two deltas. Low-rank pairs cost O(d · r²), mixed pairs read the delta once."""
+    """Frobenius inner product <x, y> of two deltas. Low-rank pairs cost O(d · r²), others read each delta once."""
     match x, y:
         case LowRankUpdate(), LowRankUpdate():
             return _inner_low(x, y)
-        case DenseUpdate(), LowRankUpdate():
-            return _inner_mixed(x, y)
-        case LowRankUpdate(), DenseUpdate():
-            return _inner_mixed(y, x)
+        case _, LowRankUpdate():
+            return overlaps(x, [y])[0]
+        case LowRankUpdate(), _:
+            return overlaps(y, [x])[0]
         case _:
-            return _inner_dense(x, y)  # type: ignore[arg-type]
+            return float(sum((block[0] * block[-1]).sum() for block in rows_together([x] if x is y else [x, y])))
 
 
-def inner_products(updates: Sequence[LowRankUpdate]) -> Tensor:
-    """(n, n) float64, on the CPU: <ΔW_s, ΔW_t> of all pairs, from one Gram matrix of all b and one of all a."""
-    return by_pair(component_products(updates), updates)
+def inner_products(updates: Sequence[Update]) -> Tensor:
+    """(n, n) float64, on the CPU: <ΔW_s, ΔW_t> of all pairs.
+
+    From one Gram matrix of all b and one of all a; where any is dense, from one pass over the rows of all.
+    """
+    if are_low_rank(updates):
+        return by_pair(component_products(updates), updates)
+    total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for block in rows_together(updates):
+        total += products_of_rows(block).cpu()
+    return total
 
 
 def component_products(updates: Sequence[LowRankUpdate], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -68,23 +99,24 @@ def by_pair(components: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
     return _by_update(_by_update(components, updates).T, updates)
 
 
-def overlaps(update: Update, others: Sequence[LowRankUpdate]) -> list[float]:
-    """<M, ΔW_t> for each of n updates; a dense M is read once."""
-    match update:
-        case LowRankUpdate():
-            left, right = in_double(update.b).T, in_double(update.a)
-            found = [((left @ in_double(u.b)) * (right @ in_double(u.a).T)).sum(dim=0) for u in others]
-            return (_by_update(torch.cat(found).cpu().unsqueeze(1), others) * update.scaling).flatten().tolist()
-        case DenseUpdate():
-            return _by_update(_dense_overlaps(update.delta, others).unsqueeze(1), others).flatten().tolist()
+def overlaps(update: Update, others: Sequence[InputUpdate]) -> list[float]:
+    """<M, ΔW_t> for each of n updates; what is dense is read once."""
+    if not are_low_rank(others):
+        return inner_products([update, *others])[0, 1:].tolist()
+    if not isinstance(update, LowRankUpdate):
+        return _by_update(_dense_overlaps(update, others).unsqueeze(1), others).flatten().tolist()
+    left, right = in_double(update.b).T, in_double(update.a)
+    found = [((left @ in_double(u.b)) * (right @ in_double(u.a).T)).sum(dim=0) for u in others]
+    return (_by_update(torch.cat(found).cpu().unsqueeze(1), others) * update.scaling).flatten().tolist()
 
 
-def _dense_overlaps(delta: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+def _dense_overlaps(dense: DenseUpdate | StreamedUpdate, updates: Sequence[LowRankUpdate]) -> Tensor:
     """(R,) on the CPU: bᵢᵀ · M · aᵢᵀ of every component of every update, M read once by blocks of rows."""
     a = in_double(torch.cat([u.a for u in updates])).T
     total = a.new_zeros(a.shape[1])
-    for rows, *b in zip(torch.split(delta, ROW_BLOCK), *(torch.split(u.b, ROW_BLOCK) for u in updates), strict=True):
-        total += ((in_double(rows) @ a) * in_double(torch.cat(b, dim=1))).sum(dim=0)
+    for where in blocks_of_rows(dense.shape, STREAM_ENTRIES):
+        b = in_double(torch.cat([u.b[where] for u in updates], dim=1))
+        total += ((in_double(dense.rows(where)) @ a) * b).sum(dim=0)
     return total.cpu()
 
 
@@ -99,8 +131,25 @@ def norm(update: Update) -> float:
     return math.sqrt(max(inner(update, update), 0.0))
 
 
-def distance(update: LowRankUpdate, targets: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> float:
-    """‖M − Σ_t c_t ΔW_t‖_F from the core of [M, −Σ], so that nearly equal updates do not cancel."""
+def overlaps_and_energies(update: Update, others: Sequence[InputUpdate]) -> tuple[list[float], list[float]]:
+    """<M, ΔW_t> and <ΔW_t, ΔW_t> for each of n updates; what is dense is read once."""
+    if are_low_rank(others):
+        return overlaps(update, others), [inner(u, u) for u in others]
+    table = inner_products([update, *others])
+    return table[0, 1:].tolist(), table.diagonal()[1:].tolist()
+
+
+def distance(update: Update, targets: Sequence[InputUpdate], coefficients: Sequence[float]) -> float:
+    """‖M − Σ_t c_t ΔW_t‖_F, so that nearly equal updates do not cancel: from the core of [M, −Σ], or row by row."""
+    if not (isinstance(update, LowRankUpdate) and are_low_rank(targets)):
+        everything, c = [update, *targets], [1.0, *(-c for c in coefficients)]
+        return math.sqrt(sum(float(weighted(block, c).square().sum()) for block in rows_together(everything)))
     difference = concatenate([update, *targets], [1.0, *(-c for c in coefficients)])
     r_b, r_a = thin_basis(difference.b).factor, thin_basis(difference.a.T).factor
     return float(torch.linalg.matrix_norm(r_b @ r_a.T)) * abs(difference.scaling)
+
+
+def weighted(block: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """(rows, columns): Σ_t c_t x_t of a block (n, rows, columns)."""
+    total: Tensor = torch.tensordot(block.new_tensor(coefficients), block, dims=1)
+    return total

@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["RadixSelection", "kth_magnitude", "kth_magnitudes", "order_statistics"]
+__all__ = ["RadixSelection", "kth_magnitudes", "order_statistics"]
 
 DIGIT_BITS = 16
 IN_MEMORY_ENTRIES = 1 << 21
 """Up to this many magnitudes, over all inputs, are gathered and partitioned at once (8 MiB in float32)."""
+BRACKETED_ENTRIES = 1 << 21
+"""Up to this many that lie in brackets, over all of them, are held; more are counted, which takes a pass more."""
 SAMPLE_ENTRIES = 1 << 16
 """Entries of the sample that the bracket is taken from, about."""
 SAMPLED_BLOCKS_STEP = 4
@@ -32,6 +34,7 @@ MARGIN_SHARE = 0.01
 """Added to it, since blocks of rows differ from each other."""
 
 Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+Number: TypeAlias = np.floating[Any]
 Values: TypeAlias = npt.NDArray[np.floating[Any]]
 _INTEGER_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -45,17 +48,6 @@ def _bits(values: Tensor) -> Bits:
 def _float(pattern: int, dtype: torch.dtype) -> float:
     single = dtype == torch.float32
     return float(np.array(pattern, np.int32 if single else np.int64).view(np.float32 if single else np.float64))
-
-
-def kth_magnitude(values: Tensor, k: int) -> float:
-    """The k-th smallest |x| (1-indexed, ties counted) of a float32 or float64 tensor; 0.0 for k = 0."""
-    if k <= 0:
-        return 0.0
-    if values.device.type == "cuda":
-        return float(torch.kthvalue(values.abs().flatten(), k).values)
-    bits = _bits(values)
-    bits.partition(k - 1)
-    return _float(int(bits[k - 1]), values.dtype)
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,8 @@ def order_statistics(
     """For each of n stacked inputs the entries of these ranks over all blocks, exactly.
 
     Few entries are gathered. Of many, a sample gives a bracket that each answer almost surely lies in, one pass counts
-    what is below it and gathers what is inside; radix passes find the rare answer that is outside.
+    what is below it and gathers what is inside; where that is too much to hold, two passes count that too. Radix passes
+    find the rare answer that is outside.
 
     Args:
         blocks: the entries, none of them negative; they may be overwritten.
@@ -196,13 +189,28 @@ def _by_radix(blocks: Blocks, wanted: Sequence[_Wanted], dtype: torch.dtype) -> 
 
 
 def _by_bracket(blocks: Blocks, wanted: Sequence[_Wanted], entries: int) -> list[float | None]:
-    """From one pass, after that of the sample; None where an answer lies outside its bracket."""
+    """From one pass or a few, after that of the sample; None where an answer lies outside its bracket."""
     samples = _samples(blocks, max(1, entries // (SAMPLED_BLOCKS_STEP * SAMPLE_ENTRIES)) | 1)
-    brackets = [_Bracket(samples[want.input], want.k / entries) for want in wanted]
+    ends = [_ends(samples[want.input], want.k / entries) for want in wanted]
+    shares = (_share(samples[want.input], *own) for want, own in zip(wanted, ends, strict=True))
+    if entries * sum(shares) > BRACKETED_ENTRIES:
+        return _counted(blocks, wanted, [_Patterns.between(*own) for own in ends])
+    brackets = [_Bracket(*own) for own in ends]
     for block in blocks(1):
         for bracket, want in zip(brackets, wanted, strict=True):
             bracket.add(block[want.input].flatten())
     return [bracket.select(want.k) for bracket, want in zip(brackets, wanted, strict=True)]
+
+
+def _counted(blocks: Blocks, wanted: Sequence[_Wanted], found: Sequence[_Patterns | None]) -> list[float | None]:
+    """From passes that narrow the bit patterns of each answer until there is one; no entry is held."""
+    while not all(own is None or own.is_answer for own in found):
+        for block in blocks(1):
+            for own, want in zip(found, wanted, strict=True):
+                if own and not own.is_answer:
+                    own.add(block[want.input].flatten())
+        found = [own and own.narrowed(want.k) for own, want in zip(found, wanted, strict=True)]
+    return [float(own.low) if own else None for own in found]
 
 
 def _samples(blocks: Blocks, stride: int) -> Values:
@@ -214,15 +222,79 @@ def _samples(blocks: Blocks, stride: int) -> Values:
     return samples
 
 
+def _ends(sample: Values, share: float) -> tuple[Number, Number]:
+    """Two numbers that a quantile almost surely lies between, from a sorted sample; -1 and inf beyond its ends."""
+    margin = MARGIN_DEVIATIONS * (share * (1 - share) / sample.size) ** 0.5 + MARGIN_SHARE
+    first, last = int(sample.size * (share - margin)), int(sample.size * (share + margin))
+    number = sample.dtype.type  # a comparison with another type would convert every entry
+    return sample[first] if first > 0 else number(-1), sample[last] if last < sample.size else number(np.inf)
+
+
+def _share(sample: Values, low: Number, high: Number) -> float:
+    """How much of a sorted sample lies between two numbers, both included."""
+    return int(np.searchsorted(sample, high, "right") - np.searchsorted(sample, low)) / sample.size
+
+
+class _Patterns:
+    """Consecutive bit patterns that an answer is among; how many entries lie below them, and in each part of them.
+
+    Attributes:
+        low: the number of the first pattern.
+        high: the number of the last.
+        is_answer: whether there is but one, and entries have been found there.
+    """
+
+    def __init__(self, low: Number, high: Number, *, is_answer: bool = False) -> None:
+        self.low, self.high, self.is_answer = low, high, is_answer
+        span = _pattern(high) - _pattern(low)
+        self._shift = max(0, int(span).bit_length() - DIGIT_BITS)
+        self._counts = np.zeros((int(span) >> self._shift) + 1, np.int64)
+        self._below = 0
+
+    @classmethod
+    def between(cls, low: Number, high: Number) -> _Patterns:
+        """Those from ``low``, or zero, to ``high``."""
+        return cls(max(low, type(low)(0)), high)
+
+    def add(self, values: Tensor) -> None:
+        """Count one block."""
+        split = _split if values.device.type == "cpu" else _split_there
+        kind, first = type(self.low), _pattern(self.low)
+        before = _number(int(first) - 1, kind) if first else kind(-1)
+        after = _number(int(_pattern(self.high)) + 1, kind) if self.high < np.inf else self.high
+        below, inside = split(values, before, after)
+        self._below += below
+        parts = (inside.view(_integer(kind)) - first) >> self._shift
+        self._counts += np.bincount(parts, minlength=len(self._counts))
+
+    def narrowed(self, k: int) -> _Patterns | None:
+        """The part with the k-th smallest entry; None where that lies outside."""
+        up_to, place = np.cumsum(self._counts), k - self._below
+        if not 0 < place <= up_to[-1]:
+            return None
+        first = int(_pattern(self.low)) + (int(np.searchsorted(up_to, place)) << self._shift)
+        last = min(first + (1 << self._shift) - 1, int(_pattern(self.high)))
+        low, high = (_number(pattern, type(self.low)) for pattern in (first, last))
+        return _Patterns(low, high, is_answer=not self._shift)
+
+
+def _integer(kind: type[Number]) -> type[np.signedinteger[Any]]:
+    return np.int32 if kind is np.float32 else np.int64
+
+
+def _pattern(number: Number) -> Any:
+    return number.view(_integer(type(number)))
+
+
+def _number(pattern: int, kind: type[Number]) -> Any:
+    return _integer(kind)(pattern).view(kind)
+
+
 class _Bracket:
     """An open interval around a quantile; how many entries lie up to its lower end, and those inside it."""
 
-    def __init__(self, sample: Values, share: float) -> None:
-        margin = MARGIN_DEVIATIONS * (share * (1 - share) / sample.size) ** 0.5 + MARGIN_SHARE
-        first, last = int(sample.size * (share - margin)), int(sample.size * (share + margin))
-        number = sample.dtype.type  # a comparison with another type would convert every entry
-        self._low = sample[first] if first > 0 else number(-1)
-        self._high = sample[last] if last < sample.size else number(np.inf)
+    def __init__(self, low: Number, high: Number) -> None:
+        self._low, self._high = low, high
         self._up_to_low = 0
         self._inside: list[Values] = []
 
@@ -245,7 +317,7 @@ class _Bracket:
         return float(inside[place])
 
 
-def _split(values: Tensor, low: float, high: float) -> tuple[int, Values]:
+def _split(values: Tensor, low: Number, high: Number) -> tuple[int, Values]:
     """How many values are at most ``low``, and those between it and ``high``."""
     entries: Values = values.numpy()
     inside = entries > low
@@ -254,7 +326,7 @@ def _split(values: Tensor, low: float, high: float) -> tuple[int, Values]:
     return up_to_low, entries.take(np.flatnonzero(inside))  # twice as fast as entries[inside] where few are
 
 
-def _split_there(values: Tensor, low: float, high: float) -> tuple[int, Values]:
+def _split_there(values: Tensor, low: Number, high: Number) -> tuple[int, Values]:
     """The same on the device of the values: only those between leave it."""
     above = values > float(low)
     inside: Values = values[above & (values < float(high))].cpu().numpy()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mergekit_lowrank.lowrank import drivers
 from mergekit_lowrank.lowrank.decompositions import fix_signs, svd, thin_basis
 from mergekit_lowrank.lowrank.krylov import frobenius_energy, krylov_space
-from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update
+from mergekit_lowrank.lowrank.scratch import empty
+from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, densify
 
 __all__ = ["Spectrum", "Truncation", "canonical", "factorise", "spectrum_of"]
 
@@ -159,7 +161,7 @@ def canonical(update: LowRankUpdate) -> LowRankUpdate:
 def spectrum_of(update: LowRankUpdate) -> Spectrum:
     """The singular values of a low-rank update, from its core; no vectors."""
     r_b, r_a = thin_basis(update.b).factor, thin_basis(update.a.T).factor
-    return _whole_spectrum(torch.linalg.svdvals((r_b @ r_a.T * update.scaling).cpu()), update)
+    return _whole_spectrum(drivers.svdvals((r_b @ r_a.T * update.scaling).cpu()), update)
 
 
 def _factorise_dense(delta: Tensor) -> Truncation:
@@ -200,9 +202,11 @@ def factorise(update: Update, rank: int, generator: torch.Generator) -> Truncati
     """
     if isinstance(update, LowRankUpdate):
         return _factorise_low(update)
-    if min(update.shape) <= max(EXACT_SIDE, rank):
-        return _factorise_dense(update.delta)
-    peak = float(torch.stack([*torch.aminmax(update.delta)]).abs().max())
+    delta = densify(update)
+    if min(delta.shape) <= max(EXACT_SIDE, rank):
+        return _factorise_dense(delta)
+    peak = float(torch.stack([*torch.aminmax(delta)]).abs().max())
     if peak == 0 or SAFE_MAGNITUDES[0] < peak < SAFE_MAGNITUDES[1]:
-        return _randomised(update.delta, rank, generator)
-    return _randomised(update.delta / peak, rank, generator).times(peak)
+        return _randomised(delta, rank, generator)
+    scaled = torch.div(delta, peak, out=empty(update.shape, delta.dtype, delta.device))
+    return _randomised(scaled, rank, generator).times(peak)

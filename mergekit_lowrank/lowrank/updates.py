@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["DenseUpdate", "LowRankUpdate", "Update", "concatenate", "converted", "densify", "padded_stacks"]
+from mergekit_lowrank.errors import StrategyError
+from mergekit_lowrank.lowrank import scratch
+
+__all__ = [
+    "DenseUpdate",
+    "InputUpdate",
+    "LowRankUpdate",
+    "StreamedUpdate",
+    "Update",
+    "are_low_rank",
+    "blocks_of_rows",
+    "concatenate",
+    "converted",
+    "densify",
+    "low_rank",
+    "padded_stacks",
+]
+
+READ_ENTRIES = 1 << 19
+"""Entries of a dense update that are read at once where it is copied."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +60,15 @@ class LowRankUpdate:
     def dtype(self) -> torch.dtype:
         """Type of the factors."""
         return self.b.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self.b.device
+
+    def rows(self, where: slice) -> Tensor:
+        """(rows, d_in): these rows of the delta, multiplied out."""
+        return (self.b[where] @ self.a).mul_(self.scaling)
 
     def scaled(self, factor: float) -> LowRankUpdate:
         """The update times ``factor``; the factors themselves are shared, not copied."""
@@ -79,21 +107,106 @@ class DenseUpdate:
         """Type of the matrix."""
         return self.delta.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the matrix is."""
+        return self.delta.device
+
+    def rows(self, where: slice) -> Tensor:
+        """(rows, d_in): a view."""
+        return self.delta[where]
+
     def scaled(self, factor: float) -> DenseUpdate:
-        """The update times ``factor``."""
-        return self if factor == 1.0 else DenseUpdate(self.delta * factor)
+        """The update times ``factor``, in scratch space where that is active."""
+        if factor == 1.0:
+            return self
+        return DenseUpdate(torch.mul(self.delta, factor, out=scratch.empty(self.shape, self.dtype, self.device)))
 
     def transposed(self) -> DenseUpdate:
         """The update of the transposed module (a view)."""
         return DenseUpdate(self.delta.T)
 
 
-Update: TypeAlias = LowRankUpdate | DenseUpdate
+@dataclass(frozen=True, eq=False)
+class StreamedUpdate:
+    """A dense ΔW that is not in memory, such as W − W0 of a full fine-tune: rows are made when they are asked for.
+
+    Attributes:
+        shape: (d_out, d_in).
+        dtype: of the rows.
+        device: of the rows.
+        read: gives rows of the matrix as new memory, which may be overwritten; called as often as passes are needed.
+        scaling: ΔW is the matrix times this.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    read: Callable[[slice], Tensor]
+    scaling: float = 1.0
+
+    @classmethod
+    def of(cls, delta: Tensor) -> StreamedUpdate:
+        """That of a matrix (d_out, d_in) in memory, which is not copied."""
+        return cls((delta.shape[0], delta.shape[1]), delta.dtype, delta.device, lambda where: delta[where].clone())
+
+    def rows(self, where: slice) -> Tensor:
+        """(rows, d_in): these rows of the delta, new each time."""
+        rows = self.read(where)
+        return rows if self.scaling == 1.0 else rows.mul_(self.scaling)
+
+    def scaled(self, factor: float) -> StreamedUpdate:
+        """The update times ``factor``; nothing is read."""
+        return replace(self, scaling=self.scaling * factor)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> StreamedUpdate:
+        """The update on ``device`` in ``dtype``: rows are moved as they are read."""
+        there, read = torch.device(device), self.read
+        return replace(self, device=there, dtype=dtype, read=lambda where: read(where).to(device=there, dtype=dtype))
+
+
+Update: TypeAlias = LowRankUpdate | DenseUpdate | StreamedUpdate
+InputUpdate: TypeAlias = LowRankUpdate | StreamedUpdate
+
+
+def are_low_rank(updates: Sequence[Update]) -> TypeGuard[Sequence[LowRankUpdate]]:
+    """Whether none of the updates is dense."""
+    return all(isinstance(update, LowRankUpdate) for update in updates)
+
+
+def low_rank(updates: Sequence[InputUpdate], who: str) -> Sequence[LowRankUpdate]:
+    """The updates, none of them dense: for methods and spaces that work on factors.
+
+    Raises:
+        StrategyError: one is. The plan refuses it before, by ``takes_dense``.
+    """
+    if are_low_rank(updates):
+        return updates
+    dense = [t for t, update in enumerate(updates) if not isinstance(update, LowRankUpdate)]
+    raise StrategyError(
+        f"'{who}' works on the factors of low-rank updates; of the module's inputs {dense} are dense (full "
+        "fine-tunes); use a method and a space that take these, such as linear, ties or drm"
+    )
+
+
+def blocks_of_rows(shape: tuple[int, int], entries: int) -> list[slice]:
+    """Consecutive slices of the rows of a matrix (rows, columns), of at most ``entries`` entries or one row each."""
+    width = max(1, entries // max(1, shape[1]))
+    return [slice(start, min(start + width, shape[0])) for start in range(0, shape[0], width)]
 
 
 def densify(update: Update) -> Tensor:
-    """The (d_out, d_in) delta of an update. For tests and small matrices; no merge needs it for low-rank inputs."""
-    return update.delta if isinstance(update, DenseUpdate) else (update.b @ update.a) * update.scaling
+    """The (d_out, d_in) delta of an update, in scratch space where that is active. No merge needs it."""
+    match update:
+        case DenseUpdate():
+            return update.delta
+        case StreamedUpdate():
+            delta = scratch.empty(update.shape, update.dtype, update.device)
+            for where in blocks_of_rows(update.shape, READ_ENTRIES):
+                delta[where] = update.rows(where)
+            return delta
+        case LowRankUpdate():
+            return (update.b @ update.a) * update.scaling
 
 
 def concatenate(updates: Sequence[LowRankUpdate], coefficients: Sequence[float]) -> LowRankUpdate:
@@ -132,8 +245,10 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
     return torch.stack([*matrices])
 
 
-def converted(updates: Sequence[LowRankUpdate], dtype: torch.dtype) -> list[LowRankUpdate]:
+def converted(updates: Sequence[InputUpdate], dtype: torch.dtype) -> list[InputUpdate]:
     """The updates in ``dtype``, factors of one shape as slices of one stack; those already in it are shared."""
+    if not are_low_rank(updates):
+        return [update.to(update.device, dtype) for update in updates]
     if len({(u.b.shape, u.a.shape) for u in updates}) > 1 or any(u.b.dtype == dtype == u.a.dtype for u in updates):
         return [update.to(update.b.device, dtype) for update in updates]
     b, a = (

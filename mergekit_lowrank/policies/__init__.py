@@ -9,6 +9,7 @@ from mergekit_lowrank.policies.rank import (
     ErrorRank,
     FixedRank,
     RankPolicy,
+    WholeRank,
     snapped,
 )
 from mergekit_lowrank.policies.scale import AutoScale, FixedScale, RetentionScale, ScalePolicy, Scaling, retained
@@ -27,6 +28,7 @@ __all__ = [
     "RetentionScale",
     "ScalePolicy",
     "Scaling",
+    "WholeRank",
     "least_rank",
     "retained",
     "snapped",

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Spectrum, Update, factorise, spectrum_of
+from mergekit_lowrank.lowrank import LowRankUpdate, Spectrum, Update, factorise, norm, spectrum_of
 
 __all__ = [
     "VLLM_RANKS",
@@ -19,6 +19,7 @@ __all__ = [
     "ErrorRank",
     "FixedRank",
     "RankPolicy",
+    "WholeRank",
     "snapped",
 ]
 
@@ -39,22 +40,33 @@ class Compressed:
     """An update as it will be written, and what it cost.
 
     Attributes:
-        update: low-rank.
+        update: low-rank, or any where nothing was cut.
         spectrum: of the update before it was cut.
     """
 
-    update: LowRankUpdate
+    update: Update
     spectrum: Spectrum
+
+    @property
+    def rank(self) -> int | None:
+        """Of the update; None for a dense one."""
+        return self.update.rank if isinstance(self.update, LowRankUpdate) else None
+
+    @property
+    def factors(self) -> LowRankUpdate:
+        """The update of a policy that cuts."""
+        assert isinstance(self.update, LowRankUpdate)  # noqa: S101 - only ``WholeRank`` leaves one dense
+        return self.update
 
     @property
     def kept_energy(self) -> float:
         """Share of ‖ΔW‖²_F that was kept."""
-        return self.spectrum.kept(self.update.rank)
+        return 1.0 if self.rank is None else self.spectrum.kept(self.rank)
 
     @property
     def error(self) -> float:
         """Of the cut: ‖ΔW − ΔW_rank‖_F / ‖ΔW‖_F."""
-        return self.spectrum.error(self.update.rank)
+        return 0.0 if self.rank is None else self.spectrum.error(self.rank)
 
 
 class RankPolicy(ABC):
@@ -94,6 +106,26 @@ class FixedRank(RankPolicy):
             return Compressed(update, spectrum_of(update))
         truncation = factorise(update, self.rank, generator)
         return Compressed(truncation.cut(self.rank), truncation.spectrum)
+
+
+@dataclass(frozen=True)
+class WholeRank(RankPolicy):
+    """Nothing is cut: the update is added to weights of the base model."""
+
+    name = "whole"
+
+    @property
+    def planned(self) -> None:
+        """There is none."""
+        return None
+
+    def compress(self, update: Update, generator: torch.Generator) -> Compressed:
+        """The update itself; of a dense one the energy is all that is known."""
+        del generator
+        if isinstance(update, LowRankUpdate):
+            return Compressed(update, spectrum_of(update))
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return Compressed(update, Spectrum(nothing, norm(update) ** 2, complete=False))
 
 
 class SpectralRank(RankPolicy):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, inner, overlaps
+from mergekit_lowrank.lowrank import InputUpdate, Update, overlaps_and_energies
 
 __all__ = ["AutoScale", "FixedScale", "RetentionScale", "ScalePolicy", "Scaling", "retained"]
 
@@ -47,7 +47,7 @@ class ScalePolicy(ABC):
     """Decides the factor of one module's merged update, before it is cut to a rank."""
 
     @abstractmethod
-    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+    def scaling(self, merged: Update, updates: Sequence[InputUpdate], weights: Sequence[float]) -> Scaling:
         """The factor for ``merged``, made from ``updates`` with ``weights``."""
 
 
@@ -57,20 +57,18 @@ class FixedScale(ScalePolicy):
 
     factor: float = 1.0
 
-    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+    def scaling(self, merged: Update, updates: Sequence[InputUpdate], weights: Sequence[float]) -> Scaling:
         """The number."""
         return Scaling(self.factor)
 
 
-def _to_retention(
-    target: float, merged: Update, updates: Sequence[LowRankUpdate], energies: Sequence[float], weights: Sequence[float]
-) -> Scaling:
-    found = retained(overlaps(merged, updates), energies, weights)
+def _to_retention(target: float, found: float | None, inputs: int) -> Scaling:
+    """The factor that makes the retention ``found`` that of the target."""
     if found is None:
         return Scaling(1.0)
     factor = target / found if found else float("inf")
     # An average of N unrelated inputs has retention 1/N: a factor up to N is no sign of opposition.
-    highest = max(PLAUSIBLE[1], len(updates))
+    highest = max(PLAUSIBLE[1], inputs)
     if PLAUSIBLE[0] <= factor <= highest:
         return Scaling(factor)
     return Scaling(
@@ -87,17 +85,19 @@ class RetentionScale(ScalePolicy):
 
     target: float
 
-    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+    def scaling(self, merged: Update, updates: Sequence[InputUpdate], weights: Sequence[float]) -> Scaling:
         """The factor that gives the retention asked for, or 1 with a warning where that is implausible."""
-        return _to_retention(self.target, merged, updates, [inner(u, u) for u in updates], weights)
+        overlaps, energies = overlaps_and_energies(merged, updates)
+        return _to_retention(self.target, retained(overlaps, energies, weights), len(updates))
 
 
 @dataclass(frozen=True)
 class AutoScale(ScalePolicy):
     """Scaled to retention N^-0.4, N the inputs that take part in the module with a weight and an update."""
 
-    def scaling(self, merged: Update, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Scaling:
+    def scaling(self, merged: Update, updates: Sequence[InputUpdate], weights: Sequence[float]) -> Scaling:
         """The factor that gives retention N^-0.4, or 1 with a warning where that is implausible."""
-        energies = [inner(u, u) for u in updates]
+        overlaps, energies = overlaps_and_energies(merged, updates)
         active = sum(1 for energy, w in zip(energies, weights, strict=True) if w and energy > 0)
-        return _to_retention(max(active, 1) ** AUTO_EXPONENT, merged, updates, energies, weights)
+        target = max(active, 1) ** AUTO_EXPONENT
+        return _to_retention(target, retained(overlaps, energies, weights), len(updates))

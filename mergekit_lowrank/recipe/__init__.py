@@ -1,24 +1,12 @@
 """The recipe: strict models of the YAML, loading with positions, values per module, and references to models."""
 
 from mergekit_lowrank.recipe.document import write_yaml
-from mergekit_lowrank.recipe.models import (
-    Budget,
-    Energy,
-    ErrorBound,
-    InMemoryAdapter,
-    ModelEntry,
-    Output,
-    Rank,
-    Recipe,
-    Retention,
-    Rule,
-    RuleRank,
-    Scale,
-    recipe_schema,
-)
+from mergekit_lowrank.recipe.execution import Execution
+from mergekit_lowrank.recipe.models import InMemoryAdapter, ModelEntry, Recipe, Retention, Rule, Scale, recipe_schema
 from mergekit_lowrank.recipe.origin import Loc
-from mergekit_lowrank.recipe.references import resolve_model
-from mergekit_lowrank.recipe.sizes import parse_bytes
+from mergekit_lowrank.recipe.output import Budget, Energy, ErrorBound, Output, Rank, RuleRank
+from mergekit_lowrank.recipe.references import resolve_directory, resolve_model
+from mergekit_lowrank.recipe.sizes import bytes_of, parse_bytes
 from mergekit_lowrank.recipe.source import load_recipe, parse_recipe
 from mergekit_lowrank.recipe.values import Depths, Filtered, Scalar, Value, leaves, matches, resolve
 
@@ -27,6 +15,7 @@ __all__ = [
     "Depths",
     "Energy",
     "ErrorBound",
+    "Execution",
     "Filtered",
     "InMemoryAdapter",
     "Loc",
@@ -40,6 +29,7 @@ __all__ = [
     "Scalar",
     "Scale",
     "Value",
+    "bytes_of",
     "leaves",
     "load_recipe",
     "matches",
@@ -47,6 +37,7 @@ __all__ = [
     "parse_recipe",
     "recipe_schema",
     "resolve",
+    "resolve_directory",
     "resolve_model",
     "write_yaml",
 ]

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.recipe.document import write_yaml
+from mergekit_lowrank.recipe.execution import Execution
 from mergekit_lowrank.recipe.origin import Loc, Origin
-from mergekit_lowrank.recipe.sizes import parse_bytes
+from mergekit_lowrank.recipe.output import Budget, Energy, ErrorBound, Output, RuleRank
 from mergekit_lowrank.recipe.strict import LIST_TO_TUPLE, Strict, expected, refused, told_as
+from mergekit_lowrank.recipe.sweep import Sweep
 from mergekit_lowrank.recipe.values import INT64_MAX, Parameters, Pattern, Text
 
-__all__ = [
-    "Budget",
-    "Energy",
-    "ErrorBound",
-    "InMemoryAdapter",
-    "ModelEntry",
-    "Output",
-    "Rank",
-    "Recipe",
-    "Retention",
-    "Rule",
-    "RuleRank",
-    "Scale",
-    "recipe_schema",
-]
+__all__ = ["InMemoryAdapter", "ModelEntry", "Recipe", "Retention", "Rule", "Scale", "recipe_schema"]
 
 IN_MEMORY = "<in-memory adapter>"
 """How an adapter that was never a file appears in written recipes."""
@@ -81,71 +68,9 @@ class Retention(Strict):
     retention: float = Field(gt=0, le=MAX_RETENTION, description="The share of the inputs that survives the merge.")
 
 
-class Energy(Strict):
-    """The smallest rank that keeps this share of the merged update."""
-
-    energy: float = Field(gt=0, le=1, description="The share of the sum of squared singular values that is kept.")
-
-
-class ErrorBound(Strict):
-    """The smallest rank within this relative Frobenius error of the merged update."""
-
-    error: float = Field(gt=0, lt=1, description="The largest ‖ΔW − ΔW_rank‖ / ‖ΔW‖ that a cut may cost.")
-
-
-def _is_a_size(size: str | int) -> str | int:
-    try:
-        parse_bytes(str(size))
-    except RecipeError:
-        raise expected("an amount of memory such as 80MB") from None
-    return size
-
-
-class Budget(Strict):
-    """Ranks that together take this many bytes, spread over the modules where they keep most."""
-
-    budget: Annotated[
-        str | int,
-        AfterValidator(_is_a_size),
-        WithJsonSchema({"type": ["string", "integer"], "exclusiveMinimum": 0}),
-    ] = Field(description="Bytes of all factors as stored: a number, or one with a unit such as `80MB` or `1.5GiB`.")
-
-    @property
-    def bytes(self) -> int:
-        """The size as a number of bytes."""
-        return parse_bytes(str(self.budget))
-
-
 Scale: TypeAlias = Annotated[
     float | Literal["auto"] | Retention,
     told_as(f"a finite number, 'auto', or {{retention: k}} with 0 < k <= {MAX_RETENTION:g}", "auto"),
-]
-
-RANKS = "'max', 'sum', a whole number of at least 1, {energy: e} with 0 < e <= 1, {error: e} with 0 < e < 1"
-
-Rank: TypeAlias = Annotated[
-    Literal["max", "sum"] | Annotated[int, Field(ge=1)] | Energy | ErrorBound | Budget,
-    told_as(f"{RANKS}, or {{budget: SIZE}} with a size such as 80MB", "max", "sum"),
-]
-
-RuleRank: TypeAlias = Annotated[
-    Literal["max", "sum"] | Annotated[int, Field(ge=1)] | Energy | ErrorBound,
-    told_as(f"{RANKS} (a budget is for all modules: it stands in output.rank)", "max", "sum"),
-]
-
-
-def _ascends(ranks: Literal["vllm"] | tuple[int, ...]) -> Literal["vllm"] | tuple[int, ...]:
-    if not isinstance(ranks, str):
-        for index, (lower, rank) in enumerate(pairwise(ranks), 1):
-            if rank <= lower:
-                raise expected(f"ranks in ascending order, so one above {lower}", at=(index,), found=rank)
-    return ranks
-
-
-Snap: TypeAlias = Annotated[
-    Literal["vllm"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), LIST_TO_TUPLE],
-    told_as("'vllm', or a list of whole numbers of at least 1", "vllm"),
-    AfterValidator(_ascends),
 ]
 
 STORED_TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -157,49 +82,13 @@ class ModelEntry(Strict):
 
     model: Model = Field(
         description="A path (relative to the recipe), or `org/name`, `org/name@revision` or `hf:org/name` on the "
-        "Hugging Face Hub. An existing path wins. In Python also an in-memory adapter."
+        "Hugging Face Hub. An existing path wins. A whole model is a path. In Python also an in-memory adapter."
     )
     parameters: Parameters = Field(
         default={},
         description="`weight` (1 when left out; may be negative) and whatever the method takes per input. Wins over "
         "the parameters of the recipe.",
     )
-
-
-class Output(Strict):
-    """How the merged update is written."""
-
-    rank: Rank | None = Field(
-        default=None,
-        description="`max`: the largest rank of the inputs; `sum`: their ranks together; a number; "
-        "`{energy: 0.99}`: the smallest rank that keeps that share of the merged update; `{error: 0.05}`: the smallest "
-        "within that relative error; or `{budget: 80MB}`: as many bytes, spread over the modules. When left out, the "
-        "method's own: `max` or `sum`.",
-    )
-    uniform_rank: Annotated[bool, told_as("true or false")] = Field(
-        default=True,
-        description="Pad every module with zeros to one rank, which every server reads right. `false` writes "
-        "`rank_pattern` with an equal `alpha_pattern`.",
-    )
-    snap: Snap | None = Field(
-        default=None,
-        description="Raise every written rank to the next that is accepted: by vLLM (`vllm`: 1, 8, 16, 32, 64, 128, "
-        "256, 320, 512), or a list of your own.",
-    )
-    balance: Annotated[bool, told_as("true or false")] = Field(
-        default=False,
-        description="Split the singular values evenly: B = U·√S, A = √S·Vᵀ. The same update, to rounding.",
-    )
-
-    @model_validator(mode="after")
-    def _a_budget_needs_own_ranks(self) -> Output:
-        if isinstance(self.rank, Budget) and self.uniform_rank:
-            raise refused(
-                "a budget gives every module a rank of its own; add uniform_rank: false beside it "
-                "(for one rank in all modules use a number or {energy: e})",
-                at=("rank",),
-            )
-        return self
 
 
 class Rule(Strict):
@@ -229,7 +118,9 @@ class Recipe(Strict):
     """What to merge and how."""
 
     merge_method: Method = Field(description="The strategy or preset, such as `linear`, `ties`, `robustmerge`, `drm`.")
-    models: Annotated[tuple[ModelEntry, ...], LIST_TO_TUPLE] = Field(min_length=1, description="The inputs.")
+    models: Annotated[tuple[ModelEntry, ...], LIST_TO_TUPLE] = Field(
+        min_length=1, description="The inputs: adapters, or models that were tuned from `base_model`."
+    )
     parameters: Parameters = Field(
         default={},
         description="Parameters of the method: a scalar; a list of numbers, interpolated over depth; or a list of "
@@ -250,7 +141,7 @@ class Recipe(Strict):
         description="`svd`: each input's factors are replaced by U·√S and √S·Vᵀ of its own update before they are "
         "merged, so that results in `factors` do not depend on how an update was factorised.",
     )
-    output: Output = Field(default=Output(), description="The rank of what is written, and its form.")
+    output: Output = Field(default=Output(), description="What is written: its kind, its rank and its form.")
     dtype: Annotated[
         Literal["float32", "float64"],
         told_as("'float32' or 'float64', the type computed in; for the stored type write, say, 'out_dtype: bfloat16'"),
@@ -261,7 +152,11 @@ class Recipe(Strict):
             told_as("'float16', 'bfloat16', 'float32' or 'float64'", *STORED_TYPES),
         ]
         | None
-    ) = Field(default=None, description="The stored type; when left out, the widest of the inputs.")
+    ) = Field(
+        default=None,
+        description="The stored type; when left out, the widest of the inputs. In a model, each tensor keeps that of "
+        "the base.",
+    )
     missing: Annotated[
         Literal["zero", "present", "error"], told_as("'zero', 'present' or 'error'", *MISSING_POLICIES)
     ] = Field(
@@ -274,11 +169,21 @@ class Recipe(Strict):
     )
     base_model: Text | None = Field(
         default=None,
-        description="The base model, a path or Hugging Face id, where a method or the model card needs it.",
+        description="The base model, a path or Hugging Face id, where a method or the model card needs it. For "
+        "`output.kind: model` and for fine-tunes among the models, the path of its directory.",
     )
     seed: Annotated[
         int, Field(ge=0, le=INT64_MAX), told_as(f"a whole number between 0 and 2^{INT64_MAX.bit_length()} - 1")
     ] = Field(default=0, description="Seeds the random numbers of methods that draw any.")
+    execution: Execution = Field(
+        default=Execution(), description="What the merge may use; it never changes what comes out."
+    )
+    sweep: Sweep = Field(
+        default={},
+        description="Variants of this recipe, all merged from one reading of the inputs: lists of values by key path, "
+        "as in `{parameters.density: [0.1, 0.2]}`, of which every combination is one; or a list of variants, as in "
+        "`[{name: sparse, parameters.density: 0.1}]`.",
+    )
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
@@ -292,6 +197,24 @@ class Recipe(Strict):
                         at=("rules", index, "rank"),
                     )
         return self
+
+    @model_validator(mode="after")
+    def _a_model_needs_a_base(self) -> Recipe:
+        if self.output.kind == "model" and self.base_model is None:
+            raise refused(
+                "the merged update is added to a base model; name its directory under base_model", at=("output", "kind")
+            )
+        return self
+
+    def variants(self) -> tuple[tuple[str, Recipe], ...]:
+        """Each variant of the sweep with its name, which is safe for a directory; without a sweep ``(("", self),)``.
+
+        Raises:
+            RecipeError: every problem of every variant; a recipe that was loaded has none.
+        """
+        from mergekit_lowrank.recipe.checking import variants_of  # a variant is checked like a recipe that is read
+
+        return variants_of(self)
 
     @property
     def directory(self) -> Path:
@@ -308,12 +231,15 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The recipe with its defaults written out, in canonical order; what was left out and has no default is not."""
-        return write_yaml(_without_empty(self.model_dump(mode="json")))
+        data = self.model_dump(mode="json")
+        sweep = data.pop("sweep")  # an empty value in it is a value
+        return write_yaml(_without_empty(data) | ({"sweep": sweep} if sweep else {}))
 
 
 def _without_empty(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _without_empty(value) for key, value in data.items() if value not in (None, {}, [])}
+        full = {key: _without_empty(value) for key, value in data.items()}
+        return {key: value for key, value in full.items() if value not in (None, {}, [])}
     return [_without_empty(entry) for entry in data] if isinstance(data, list) else data
 
 

@@ -10,9 +10,10 @@ from mergekit_lowrank.errors import RecipeError
 from mergekit_lowrank.recipe.document import MAX_DEPTH, Document, read_yaml
 from mergekit_lowrank.recipe.origin import Loc, Place, dotted, shown
 
-__all__ = ["overridden", "replaced", "with_scale_for_lambda"]
+__all__ = ["changed", "overridden", "parse_path", "replaced", "with_scale_for_lambda"]
 
 _PATH = re.compile(r"[\w-]+(?:\[\d{1,9}\]|\.[\w-]+)*")
+_EXPECTED = "expected path=value, such as parameters.density=0.5 or models[0].parameters.weight=-1"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,21 @@ def overridden(document: Document, override: str) -> Document:
     """
     parsed = _parse(override)
     try:
-        data = replaced(document.data, parsed.loc, parsed.value)
+        return changed(document, parsed.loc, parsed.value, {(): Place(parsed.name, parsed.name)})
     except RecipeError as error:
         raise RecipeError(f"{parsed.name}: {error}") from None
-    depth = len(parsed.loc)
-    kept = {loc: place for loc, place in document.places.items() if loc[:depth] != parsed.loc}
-    return Document(data, {**kept, parsed.loc: Place(parsed.name, parsed.name)})
+
+
+def changed(document: Document, loc: Loc, value: object, places: Mapping[Loc, Place]) -> Document:
+    """``document`` with ``value`` at ``loc``; ``places`` are those of the value and, from there, of what it holds.
+
+    Raises:
+        RecipeError: a path through something that has no such entry.
+    """
+    data = replaced(document.data, loc, value)
+    kept = {at: place for at, place in document.places.items() if at[: len(loc)] != loc}
+    above = {loc[:length]: places[()] for length in range(1, len(loc)) if loc[:length] not in kept}
+    return Document(data, {**kept, **above, **{(*loc, *inner): place for inner, place in places.items()}})
 
 
 def with_scale_for_lambda(document: Document) -> Document:
@@ -92,12 +102,24 @@ def replaced(data: object, loc: Loc, value: object, *, done: int = 0) -> object:
 def _parse(override: str) -> _Override:
     name = f"--set {shown(override)[1:-1]}"
     path, equals, text = override.partition("=")
-    if not equals or not _PATH.fullmatch(path.strip()):
-        raise RecipeError(
-            f"{name}: expected path=value, such as parameters.density=0.5 or models[0].parameters.weight=-1"
-        )
+    try:
+        loc = parse_path(path.strip())
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from None
+    if not equals:
+        raise RecipeError(f"{name}: {_EXPECTED}")
+    return _Override(name, loc, read_yaml(text, locate=lambda _line, _column: name).data)
+
+
+def parse_path(path: str) -> Loc:
+    """``("models", 0, "parameters", "weight")`` for ``models[0].parameters.weight``.
+
+    Raises:
+        RecipeError: it is no such path, or has too many steps.
+    """
+    if not _PATH.fullmatch(path):
+        raise RecipeError(_EXPECTED)
     steps = re.findall(r"[\w-]+|\[\d+\]", path)
     if len(steps) > MAX_DEPTH:
-        raise RecipeError(f"{name}: the path has more than {MAX_DEPTH} steps")
-    loc = tuple(int(step[1:-1]) if step.startswith("[") else step for step in steps)
-    return _Override(name, loc, read_yaml(text, locate=lambda _line, _column: name).data)
+        raise RecipeError(f"the path has more than {MAX_DEPTH} steps")
+    return tuple(int(step[1:-1]) if step.startswith("[") else step for step in steps)

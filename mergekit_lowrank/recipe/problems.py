@@ -8,14 +8,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mergekit_lowrank.errors import RecipeError, nearest_name
-from mergekit_lowrank.recipe.models import ModelEntry, Output, Recipe, Rule
+from mergekit_lowrank.recipe.execution import Execution
+from mergekit_lowrank.recipe.models import ModelEntry, Recipe, Rule
 from mergekit_lowrank.recipe.origin import Loc, Origin, shown
+from mergekit_lowrank.recipe.output import Output
 from mergekit_lowrank.recipe.strict import Strict
 from mergekit_lowrank.recipe.values import PARAMETERS_INSTEAD, Filtered
 
 __all__ = ["problems_in"]
 
-NO_TOKENIZER = "adapters hold no tokenizer; copy the base model's, or the fitting one, beside the output yourself"
+NO_TOKENIZER = (
+    "adapters hold no tokenizer, and output.kind: model copies that of base_model; put another one there yourself"
+)
 
 INSTEAD = {
     **PARAMETERS_INSTEAD,
@@ -24,8 +28,9 @@ INSTEAD = {
     "tokenizer_source": NO_TOKENIZER,
     "tokenizer": NO_TOKENIZER,
     "chat_template": NO_TOKENIZER,
-    "out_shard_size": "leave it out: how the output is split into files is no part of a recipe",
-    "rank": "write it under 'output'",
+    "out_shard_size": "write 'shard_size' under 'output', beside kind: model",
+    **dict.fromkeys(("kind", "rank", "shard_size"), "write it under 'output'"),
+    **dict.fromkeys(("memory", "vram", "device", "executor", "workers"), "write it under 'execution'"),
     "weight": "write it under 'parameters' of an entry of 'models'",
     "density": "write it under 'parameters'",
     "normalize": "write it under 'parameters'",
@@ -43,10 +48,10 @@ WORDING = {
 }
 """What pydantic's kinds of error expect, in the words of a recipe."""
 
-NOT_IN_RECIPE = ("<scalar>", "<gradient>", "<filters>", "[key]")
+NOT_IN_RECIPE = ("<scalar>", "<gradient>", "<filters>", "<product>", "<listed>", "[key]")
 """Steps that pydantic adds to the way to a value."""
 
-PARTS: dict[str | int, type[Strict]] = {"models": ModelEntry, "output": Output, "rules": Rule}
+PARTS: dict[str | int, type[Strict]] = {"models": ModelEntry, "output": Output, "rules": Rule, "execution": Execution}
 
 
 def problems_in(error: ValidationError, origin: Origin) -> Iterator[RecipeError]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from mergekit_lowrank.errors import CheckpointError, MergeError, RecipeError, nearest_name
 from mergekit_lowrank.recipe.origin import shown
 
-__all__ = ["HubId", "resolve_model"]
+__all__ = ["HubId", "resolve_directory", "resolve_model"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model*", "README.md")
 """What is fetched of a repository: all that one adapter consists of, and its licence."""
@@ -74,6 +74,29 @@ def resolve_model(reference: str, directory: Path, *, download: Callable[..., st
     except MergeError as error:
         not_here = "" if forced else f"; and there is no {path}"
         raise type(error)(f"{shown(reference)}: {error}{not_here}") from error
+
+
+def resolve_directory(reference: str, directory: Path) -> Path:
+    """The existing directory that ``reference`` means, such as that of a base model; nothing is downloaded.
+
+    Args:
+        reference: as the recipe has it.
+        directory: what relative paths start from.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = _local_path(reference, directory)
+    if _exists(path):
+        if not path.is_dir():
+            raise RecipeError(f"{shown(reference)}: {path} is a file; name the directory of the model")
+        return path
+    hub_id = HubId.parse(reference.removeprefix("hf:"))
+    fetch = ""
+    if hub_id:
+        command = f"hf download {hub_id.repository} --local-dir DIRECTORY"
+        fetch = f"; a whole model is not fetched for you: run '{command}' and write that directory"
+    raise RecipeError(f"{shown(reference)}: there is no {path}{_did_you_mean(path, directory)}{fetch}")
 
 
 def _local_path(reference: str, directory: Path) -> Path:

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from mergekit_lowrank.errors import RecipeError, raise_together
+from mergekit_lowrank.errors import RecipeError
+from mergekit_lowrank.recipe.checking import checked, document_of
 from mergekit_lowrank.recipe.document import Document, read_yaml
 from mergekit_lowrank.recipe.models import Recipe
 from mergekit_lowrank.recipe.origin import Origin, shown
-from mergekit_lowrank.recipe.overrides import overridden, replaced, with_scale_for_lambda
-from mergekit_lowrank.recipe.problems import problems_in
 
 __all__ = ["load_recipe", "parse_recipe"]
 
@@ -32,7 +29,7 @@ def load_recipe(source: str | PathLike[str] | Mapping[str, object] | Recipe, ove
         RecipeError: every problem that was found, each with its file, line and column.
     """
     if isinstance(source, Recipe):
-        return _checked(_document_of(source), source._origin, overrides) if overrides else source
+        return checked(document_of(source), source._origin, overrides) if overrides else source
     if isinstance(source, Mapping):
         return parse_recipe(source, overrides)
     path = Path(source)
@@ -59,13 +56,13 @@ def parse_recipe(
     """
     origin = Origin(name, directory or Path.cwd())
     if isinstance(source, Mapping):
-        return _checked(Document(dict(source), {}), origin, overrides)
+        return checked(Document(dict(source), {}), origin, overrides)
     document = read_yaml(source, locate=lambda line, column: f"{name}:{line + 1}:{column + 1}")
     if not isinstance(document.data, dict):
         found = "nothing" if document.data is None else shown(document.data)
         where = Origin(name, places=document.places).where(())
         raise RecipeError(f"{where}: expected a mapping with keys such as 'merge_method' and 'models', found {found}")
-    return _checked(document, origin, overrides)
+    return checked(document, origin, overrides)
 
 
 def _read(path: Path) -> str:
@@ -84,25 +81,3 @@ def _read(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start} is {data[error.start]:#04x})") from None
-
-
-def _document_of(recipe: Recipe) -> Document:
-    """What ``recipe`` says, as plain values; in-memory adapters stay the objects they are."""
-    data: object = recipe.model_dump(mode="json", exclude_unset=True)
-    for index, entry in enumerate(recipe.models):
-        data = replaced(data, ("models", index, "model"), entry.model)
-    return Document(data, recipe._origin.places)
-
-
-def _checked(document: Document, origin: Origin, overrides: Sequence[str]) -> Recipe:
-    for override in overrides:
-        document = overridden(document, override)
-    document = with_scale_for_lambda(document)
-    origin = Origin(origin.name, origin.directory, document.places)
-    try:
-        recipe = Recipe.model_validate(document.data)
-    except ValidationError as error:
-        raise_together(list(problems_in(error, origin)))
-        raise  # cannot happen: a validation error holds at least one problem
-    recipe._origin = origin
-    return recipe

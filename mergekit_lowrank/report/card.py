@@ -18,16 +18,21 @@ __all__ = ["model_card"]
 def model_card(plan: Plan, report: Report, method: Preset, digests: Digests) -> str:
     """The card: metadata for the Hub, sources, method, what was kept, the recipe, how to load it."""
     base = plan.base_model
-    metadata: dict[str, object] = {"library_name": "peft", "tags": ["lora", "merge", "mergekit-lowrank"]}
+    library, relation, tags = ("transformers", "merge", []) if plan.folds else ("peft", "adapter", ["lora"])
+    metadata: dict[str, object] = {"library_name": library, "tags": [*tags, "merge", "mergekit-lowrank"]}
     if base:
-        metadata |= {"base_model": base, "base_model_relation": "adapter"}
-    sections = [_sources(plan, digests), _method(report, method), _recipe(plan), _loading(report, base)]
+        metadata |= {"base_model": base, "base_model_relation": relation}
+    loading = [] if plan.folds else [_loading(report, base)]
+    sections = [_sources(plan, digests), _method(report, method), _recipe(plan), *loading]
     body = "\n\n".join("\n".join(section) for section in sections)
-    return f"---\n{write_yaml(metadata)}---\n\n# Merged adapter\n\n{body}\n"
+    return f"---\n{write_yaml(metadata)}---\n\n# Merged {plan.recipe.output.kind}\n\n{body}\n"
 
 
 def _sources(plan: Plan, digests: Digests) -> Iterator[str]:
-    yield f"A merge of {len(plan.inputs)} LoRA adapters, made with mergekit-lowrank {__version__}."
+    added = f", added to {plan.base_model}" if plan.folds else ""
+    whole = any(module.shape.dense for module in plan.modules)
+    what = f"{len(plan.inputs)} {'models' if whole else 'LoRA adapters'}{added}"
+    yield f"A merge of {what}, made with mergekit-lowrank {__version__}."
     yield ""
     yield "| source | weight | sha256 of its tensors |"
     yield "|---|---|---|"
@@ -68,7 +73,7 @@ def _loading(report: Report, base: str | None) -> Iterator[str]:
         yield "Every server reads it alike: one rank, `lora_alpha` equal to `r`, all scaling in the factors."
     else:
         yield "peft reads it: ranks differ between modules and stand in `rank_pattern`, with an equal `alpha_pattern`."
-    limit = snapped(report.rank, VLLM_RANKS) if report.has_one_rank else None
+    limit = snapped(report.rank, VLLM_RANKS) if report.rank is not None and report.has_one_rank else None
     if limit is not None:
         yield ""
         yield "```console"

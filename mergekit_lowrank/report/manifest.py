@@ -20,6 +20,7 @@ __all__ = ["SCHEMA_VERSION", "Digests", "background_digests", "build_manifest", 
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
+HASHED_AT_ONCE = 2
 RECORDED_PACKAGES = ("torch", "numpy", "safetensors")
 
 Digests: TypeAlias = Mapping[Path, str]
@@ -35,15 +36,29 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def background_digests(paths: Iterable[Path], *, enabled: bool = True) -> Iterator[Callable[[], Digests]]:
+def background_digests(
+    paths: Iterable[Path], *, enabled: bool = True, found: Callable[[Path, str], None] | None = None
+) -> Iterator[Callable[[], Digests]]:
     """Hash files in one thread while the merge reads them; the function given waits for the result.
 
     Leaving the context early (an error) drops what has not begun.
+
+    Args:
+        paths: of the files.
+        enabled: whether to hash any.
+        found: told of each file's hash, in that thread.
     """
     pool = ThreadPoolExecutor(1, "hash")
+
+    def hashed(path: Path) -> str:
+        digest = sha256_of(path)
+        if found is not None:
+            found(path, digest)
+        return digest
+
     futures: dict[Path, Future[str]] = {}
     if enabled:
-        futures = {path: pool.submit(sha256_of, path) for path in dict.fromkeys(paths)}
+        futures = {path: pool.submit(hashed, path) for path in dict.fromkeys(paths)}
 
     def collect() -> Digests:
         try:
@@ -63,8 +78,10 @@ def build_manifest(plan: Plan, digests: Digests, outputs: Mapping[str, Path]) ->
     Args:
         plan: what was merged.
         digests: of the source files; empty under ``--no-hash``.
-        outputs: files of the output by name; they are hashed here.
+        outputs: files of the output by name; they are hashed here, two at a time.
     """
+    with ThreadPoolExecutor(HASHED_AT_ONCE, "hash") as pool:
+        written = [*pool.map(sha256_of, outputs.values())]
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "mergekit_lowrank": __version__,
@@ -82,9 +99,19 @@ def build_manifest(plan: Plan, digests: Digests, outputs: Mapping[str, Path]) ->
             }
             for checkpoint in plan.inputs
         ],
-        "outputs": [{**_file(path, sha256_of(path)), "name": name} for name, path in outputs.items()],
+        "base": _base(plan),
+        "outputs": [
+            {**_file(path, digest), "name": name} for (name, path), digest in zip(outputs.items(), written, strict=True)
+        ],
     }
     return json.dumps(manifest, indent=1) + "\n"
+
+
+def _base(plan: Plan) -> dict[str, Any] | None:
+    """The base that the updates were added to, by sizes, times and headers: its weights are not hashed."""
+    if plan.fold is None:
+        return None
+    return {"location": plan.recipe.base_model, "fingerprint": plan.fold.base.fingerprint}
 
 
 def _file(path: Path, digest: str | None) -> dict[str, Any]:

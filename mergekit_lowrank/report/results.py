@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,28 +60,39 @@ class Report(_Frozen):
     method: str = Field(description="the recipe's merge_method")
     inputs: tuple[InputSummary, ...] = Field(description="one for each input")
     totals: Totals = Field(description="over all modules")
-    rank: int = Field(description="of every module as written; the largest where ranks differ")
+    kind: str = Field(description="`adapter`, or `model` where the updates were added to the base")
+    rank: int | None = Field(
+        description="of every module as written; the largest where ranks differ; null where updates were added whole"
+    )
     dtype: str = Field(description="of the stored factors")
     warnings: tuple[str, ...] = Field(description="of the plan and of modules")
     modules: tuple[Mapping[str, Any], ...] = Field(description="one for each module")
 
     @property
     def rank_text(self) -> str:
-        """``rank 16``, or ``ranks 3 to 40`` where modules differ."""
+        """``rank 16``, or ``ranks 3 to 40`` where modules differ, or ``whole updates``."""
+        if self.rank is None:
+            return "whole updates"
         return f"rank {self.rank}" if self.has_one_rank else f"ranks {min(self._written_ranks)} to {self.rank}"
 
     @property
     def has_one_rank(self) -> bool:
         """Whether all modules are written with the same rank."""
-        return min(self._written_ranks) == self.rank
+        return self.rank is not None and min(self._written_ranks) == self.rank
 
     @property
     def _written_ranks(self) -> list[int]:
         return [module["written_rank"] for module in self.modules]
 
     def to_json(self) -> str:
-        """The report as indented JSON."""
-        return self.model_dump_json(indent=1) + "\n"
+        """The report as indented JSON, without times: the same bytes for every run of one merge."""
+        without = {"totals": {"wall_seconds"}, "modules": {"__all__": {"wall_seconds"}}}
+        return self.model_dump_json(indent=1, exclude=without) + "\n"  # type: ignore[arg-type]
+
+    def timings(self) -> str:
+        """How long the merge took, and each module of it, as indented JSON."""
+        modules = {module["module"]: module["wall_seconds"] for module in self.modules}
+        return json.dumps({"wall_seconds": self.totals.wall_seconds, "modules": modules}, indent=1) + "\n"
 
 
 def build_report(
@@ -96,7 +108,7 @@ def build_report(
     Args:
         plan: what was done.
         records: one for each module.
-        ranks: of each module as written.
+        ranks: of each module as written; empty where updates were added to the base.
         wall_seconds: of the whole merge.
         warnings: beside those of the plan and of modules.
     """
@@ -105,10 +117,11 @@ def build_report(
         method=plan.recipe.merge_method,
         inputs=inputs,
         totals=_totals(plan, records, ranks, inputs, wall_seconds),
-        rank=max(ranks.values()),
+        kind=plan.recipe.output.kind,
+        rank=max(ranks.values(), default=None),
         dtype=str(plan.out_dtype).removeprefix("torch."),
         warnings=(*plan.warnings, *_gathered(records), *warnings),
-        modules=tuple({**record.to_dict(), "written_rank": ranks[record.module]} for record in records),
+        modules=tuple({**record.to_dict(), "written_rank": ranks.get(record.module)} for record in records),
     )
 
 
@@ -141,14 +154,21 @@ def _totals(
         merged_norm=math.hypot(*(record.merged_norm for record in records)),
         mean_input_norm=sum(summary.weighted_norm for summary in inputs) / len(inputs),
         kept_energy=sum(r.kept_energy * r.energy for r in records) / energy if energy else 1.0,
-        rank_for_99=None if None in needed else max(rank for rank in needed if rank is not None),
-        largest_cut_error=max(record.cut_error for record in records),
+        rank_for_99=None if None in needed else max((rank for rank in needed if rank is not None), default=0),
+        largest_cut_error=max((record.cut_error for record in records), default=0.0),
         largest_relative_error=max(errors, default=None),
         bytes_read=plan.bytes_read,
-        bytes_written=sum(ranks[m.name] * m.bytes_per_rank(plan.out_dtype) for m in plan.modules),
+        bytes_written=_bytes_written(plan, ranks),
         budget_bytes=plan.budget_bytes,
         wall_seconds=wall_seconds,
     )
+
+
+def _bytes_written(plan: Plan, ranks: Mapping[str, int]) -> int:
+    if plan.fold is not None:
+        return plan.fold.layout.total_bytes
+    written = (module for module in plan.modules if module.name in ranks)
+    return sum(ranks[module.name] * module.bytes_per_rank(plan.out_dtype) for module in written)
 
 
 def _gathered(records: Sequence[ModuleRecord]) -> list[str]:

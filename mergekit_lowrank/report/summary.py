@@ -17,13 +17,15 @@ LARGE_RATIO = 2.0
 def closing_lines(report: Report, location: str | None) -> Iterator[str]:
     """The summary, a line at a time."""
     totals = report.totals
+    what = "adapters" if report.kind == "adapter" else "inputs"
     yield (
-        f"Merged {len(report.inputs)} adapters with {report.method}: {totals.modules} modules, {report.rank_text}, "
+        f"Merged {len(report.inputs)} {what} with {report.method}: {totals.modules} modules, {report.rank_text}, "
         f"{report.dtype}, {format_bytes(totals.bytes_written)} in {totals.wall_seconds:.1f} s"
     )
     norms = ", ".join(f"{summary.label} {summary.weighted_norm:.3g}" for summary in report.inputs)
     yield f"  norms        inputs (times weight): {norms}; merged: {totals.merged_norm:.3g}"
-    yield f"  energy kept  {_percent(totals.kept_energy)} at {report.rank_text}; {_needed(report)}"
+    if report.rank is not None or totals.kept_energy < 1:
+        yield f"  energy kept  {_percent(totals.kept_energy)} at {report.rank_text}; {_needed(report)}"
     if totals.budget_bytes is not None:
         used, given = format_bytes(totals.bytes_written), format_bytes(totals.budget_bytes)
         yield f"  budget       {used} of {given} used"
@@ -51,7 +53,10 @@ def _needed(report: Report) -> str:
 
 
 def load_lines(report: Report, location: str) -> Iterator[str]:
-    """How peft and vLLM load the result."""
+    """How peft and vLLM load the result; of a model, transformers."""
+    if report.rank is None or report.kind == "model":
+        yield f"  transformers AutoModel.from_pretrained({location!r})"
+        return
     base = next((summary.base_model for summary in report.inputs if summary.base_model), None) or "BASE_MODEL"
     yield f"  peft         PeftModel.from_pretrained(base_model, {location!r})"
     limit = snapped(report.rank, VLLM_RANKS)

@@ -4,23 +4,52 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, order_statistics
+from mergekit_lowrank.lowrank import InputUpdate, Update, blocks_of_rows, empty, order_statistics
 
-__all__ = ["Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"]
+__all__ = [
+    "Coordinates",
+    "ModuleShape",
+    "Part",
+    "Space",
+    "SpaceParams",
+    "block_entries",
+    "device_blocks",
+    "with_weights",
+]
 
 BLOCK_ENTRIES = 1 << 19
 """Entries of one block over all inputs (2 MiB in float32, a core's cache): fixed, so that results do not depend on a
 memory budget."""
 DEVICE_BLOCK_ENTRIES = 1 << 24
 """The same on a GPU (64 MiB): smaller ones would wait for their kernels to start."""
+
+_device_block_entries: ContextVar[int] = ContextVar("device_block_entries", default=DEVICE_BLOCK_ENTRIES)
+
+
+@contextmanager
+def device_blocks(entries: int) -> Iterator[None]:
+    """Within it, blocks of this thread on a GPU have that many entries, as it ran out of memory; on the CPU never."""
+    token = _device_block_entries.set(entries)
+    try:
+        yield
+    finally:
+        _device_block_entries.reset(token)
+
+
+def block_entries(device: torch.device) -> int:
+    """Entries of one block over all inputs on ``device``."""
+    return BLOCK_ENTRIES if device.type == "cpu" else _device_block_entries.get()
 
 
 @dataclass(frozen=True)
@@ -30,12 +59,14 @@ class ModuleShape:
     Attributes:
         d_out: rows of the delta.
         d_in: columns of the delta.
-        ranks: of the participating inputs.
+        ranks: of the participating inputs; that of a dense one is min(d_out, d_in).
+        dense: how many of the inputs are dense.
     """
 
     d_out: int
     d_in: int
     ranks: tuple[int, ...]
+    dense: int = 0
 
     @property
     def inputs(self) -> int:
@@ -49,8 +80,8 @@ class ModuleShape:
 
     @property
     def factor_entries(self) -> int:
-        """Entries of all factors of all inputs."""
-        return self.joint_rank * (self.d_out + self.d_in)
+        """Entries of all factors of all low-rank inputs; dense ones are never held."""
+        return (self.joint_rank - self.dense * min(self.d_out, self.d_in)) * (self.d_out + self.d_in)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +148,9 @@ class Part:
         return self.shape[0] * self.shape[1]
 
     def slices(self) -> list[slice]:
-        """The block boundaries along ``axis``; they depend on the shapes, and on whether this is a CPU, only."""
+        """The block boundaries along ``axis``; they depend on the shapes only, on a GPU on ``device_blocks`` too."""
         length, other = self.shape[self.axis], self.shape[1 - self.axis]
-        entries = BLOCK_ENTRIES if self.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
-        width = max(1, entries // max(1, self.inputs * other))
-        return [slice(start, min(start + width, length)) for start in range(0, length, width)]
+        return blocks_of_rows((length, self.inputs * other), block_entries(self.device))
 
     def blocks(self, step: int = 1) -> Iterator[Tensor]:
         """The coordinates in order, each block (n, …); with ``step`` only every so many-th block."""
@@ -143,8 +172,8 @@ class Part:
         return order_statistics(self.magnitudes, ranks, self.entries, self.dtype)
 
     def merged(self, merge: Callable[[Tensor], Tensor]) -> Tensor:
-        """(rows, columns): ``merge`` applied to each block, (n, …) → (…), and put together."""
-        result = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        """(rows, columns): ``merge`` applied to each block, (n, …) → (…), and put together in ``lowrank.empty``."""
+        result = empty(self.shape, self.dtype, self.device)
         for where in self.slices():
             target = result[where] if self.axis == 0 else result[:, where]
             merged = merge(self.read(where))
@@ -156,17 +185,20 @@ class Part:
         return result
 
 
+CoordinatesT = TypeVar("CoordinatesT", bound="Coordinates")
+
+
 class Coordinates(ABC):
     """The updates of one module in one space.
 
     Attributes:
-        updates: as they were given; shared, not copied.
+        updates: as they were given, low-rank or read row by row; shared, not copied.
         weights: the recipe's coefficients of the inputs.
         parts: what element-wise strategies merge, one after the other.
         is_linear: whether Σ w_t · (coordinates of ΔW_t) decode to Σ w_t ΔW_t.
     """
 
-    updates: tuple[LowRankUpdate, ...]
+    updates: tuple[InputUpdate, ...]
     weights: tuple[float, ...]
     parts: tuple[Part, ...]
     is_linear: ClassVar[bool] = True
@@ -174,6 +206,14 @@ class Coordinates(ABC):
     @abstractmethod
     def decode(self, merged: Sequence[Tensor]) -> Update:
         """The update whose coordinates are ``merged``, one (rows, columns) matrix for each part."""
+
+
+def with_weights(coordinates: CoordinatesT, weights: Sequence[float]) -> CoordinatesT:
+    """The same coordinates with other weights, where these enter nothing but ``Part.weights``; all else is shared."""
+    other = copy(coordinates)
+    other.weights = tuple(weights)
+    other.parts = tuple(replace(part, weights=other.weights) for part in coordinates.parts)
+    return other
 
 
 class SpaceParams(BaseModel):
@@ -189,23 +229,29 @@ class Space(ABC):
         name: as recipes call it.
         summary: one sentence.
         Params: its parameters; names must not clash with those of strategies.
+        takes_dense: whether inputs may be dense: ``encode`` then gets updates of both kinds.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Params: ClassVar[type[SpaceParams]] = SpaceParams
+    takes_dense: ClassVar[bool] = False
 
     def __init__(self, params: SpaceParams) -> None:
         self.params = params
 
     @abstractmethod
-    def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> Coordinates:
+    def encode(self, updates: Sequence[InputUpdate], weights: Sequence[float]) -> Coordinates:
         """The coordinates of n updates of one module.
 
         Args:
             updates: on one device, in one floating-point type of at least 32 bits.
             weights: the recipe's coefficients; the space decides where they enter.
         """
+
+    def reweighted(self, coordinates: Coordinates, weights: Sequence[float]) -> Coordinates:
+        """The coordinates of the same updates with other weights; what does not depend on weights is shared."""
+        return self.encode(coordinates.updates, weights)
 
     def merged_rank(self, shape: ModuleShape) -> int:
         """An upper bound of the rank of a merged update."""
@@ -214,3 +260,8 @@ class Space(ABC):
     @abstractmethod
     def working_entries(self, shape: ModuleShape) -> int:
         """Upper estimate of the numbers held at once for coordinates, the merged result included, inputs apart."""
+
+    def scratch_entries(self, shape: ModuleShape) -> int:
+        """Those of ``working_entries`` that are in matrices of ``lowrank.empty``, which scratch space takes to disk."""
+        del shape
+        return 0

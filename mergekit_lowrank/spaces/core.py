@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, left_singular_basis
-from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, left_singular_basis, low_rank
+from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space, with_weights
 
 __all__ = ["CoreCoordinates", "CoreSpace"]
 
@@ -26,6 +26,8 @@ class CoreCoordinates(Coordinates):
 
     Source: Core Space (arXiv:2509.17786). Element-wise strategies depend on the basis: QR bases give other results.
     """
+
+    updates: tuple[LowRankUpdate, ...]
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
@@ -51,9 +53,13 @@ class CoreSpace(Space):
     name = "core"
     summary = "M_t = Uᵀ·ΔW_t·V between the singular vectors of the stacked factors, at most R×R (Core Space)"
 
-    def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> CoreCoordinates:
+    def encode(self, updates: Sequence[InputUpdate], weights: Sequence[float]) -> CoreCoordinates:
         """The cores of all updates, held in memory."""
-        return CoreCoordinates(updates, weights)
+        return CoreCoordinates(low_rank(updates, self.name), weights)
+
+    def reweighted(self, coordinates: Coordinates, weights: Sequence[float]) -> Coordinates:
+        """The same bases and cores: they do not depend on weights."""
+        return with_weights(coordinates, weights)
 
     def working_entries(self, shape: ModuleShape) -> int:
         """Stacked factors with their bases, and the cores."""

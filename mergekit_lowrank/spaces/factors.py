@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, padded_stacks
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, low_rank, padded_stacks
 from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space
 
 __all__ = ["FactorCoordinates", "FactorSpace"]
@@ -24,6 +24,7 @@ class FactorCoordinates(Coordinates):
     """
 
     is_linear = False
+    updates: tuple[LowRankUpdate, ...]
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
@@ -55,9 +56,9 @@ class FactorSpace(Space):
     name = "factors"
     summary = "A and B merged apart (quadratic: brings cross terms B_i·A_j); for RobustMerge and to match peft"
 
-    def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> FactorCoordinates:
+    def encode(self, updates: Sequence[InputUpdate], weights: Sequence[float]) -> FactorCoordinates:
         """Coordinates that stack both factors when they are read."""
-        return FactorCoordinates(updates, weights)
+        return FactorCoordinates(low_rank(updates, self.name), weights)
 
     def merged_rank(self, shape: ModuleShape) -> int:
         """The largest input rank: the factors are merged component by component."""

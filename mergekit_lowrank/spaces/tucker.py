@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, fix_signs
-from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space, SpaceParams
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, drivers, fix_signs, low_rank
+from mergekit_lowrank.spaces.base import Coordinates, ModuleShape, Part, Space, SpaceParams, with_weights
 from mergekit_lowrank.spaces.core import CoreCoordinates
 
 __all__ = ["TuckerCoordinates", "TuckerParams", "TuckerSpace"]
@@ -50,6 +50,7 @@ class TuckerCoordinates(Coordinates):
     """
 
     is_linear = False
+    updates: tuple[LowRankUpdate, ...]
 
     def __init__(self, updates: Sequence[LowRankUpdate], weights: Sequence[float], params: TuckerParams) -> None:
         self.updates, self.weights = tuple(updates), tuple(weights)
@@ -95,7 +96,7 @@ def _rows(stack: Tensor) -> Tensor:
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors, from the Gram matrix of the rows (float64: only their span matters)."""
-    _, vectors = torch.linalg.eigh((matrix @ matrix.T).cpu())
+    _, vectors = drivers.eigh((matrix @ matrix.T).cpu())
     leading: Tensor = vectors.flip(1)[:, :rank].to(matrix.device)
     return leading
 
@@ -108,9 +109,13 @@ class TuckerSpace(Space):
     Params = TuckerParams
     params: TuckerParams
 
-    def encode(self, updates: Sequence[LowRankUpdate], weights: Sequence[float]) -> TuckerCoordinates:
+    def encode(self, updates: Sequence[InputUpdate], weights: Sequence[float]) -> TuckerCoordinates:
         """The small cores of all updates, held in memory."""
-        return TuckerCoordinates(updates, weights, self.params)
+        return TuckerCoordinates(low_rank(updates, self.name), weights, self.params)
+
+    def reweighted(self, coordinates: Coordinates, weights: Sequence[float]) -> Coordinates:
+        """The same bases and cores: they do not depend on weights."""
+        return with_weights(coordinates, weights)
 
     def merged_rank(self, shape: ModuleShape) -> int:
         """The rank of the bases."""

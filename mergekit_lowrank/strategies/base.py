@@ -140,6 +140,10 @@ class Strategy(ABC):
         default_rank: ``output.rank`` where the recipe gives none: ``max`` or ``sum``.
         keeps_factors: whether the merged factors must be written as they are: the plan then refuses a smaller rank, and
             factors that are balanced.
+        takes_dense: whether inputs may be dense (full fine-tunes), in spaces that take them; the plan refuses them
+            otherwise.
+        stand_in: what merges norms, biases and embeddings, in ``delta``, in place of a method that does not work there:
+            a method's name and its parameters. None: the plan refuses them.
     """
 
     name: ClassVar[str]
@@ -154,6 +158,8 @@ class Strategy(ABC):
     max_inputs: ClassVar[int | None] = None
     default_rank: ClassVar[Literal["max", "sum"]] = "max"
     keeps_factors: ClassVar[bool] = False
+    takes_dense: ClassVar[bool] = False
+    stand_in: ClassVar[tuple[str, Mapping[str, Any]] | None] = None
 
     def __init__(self, params: BaseParams) -> None:
         self.params = params
@@ -216,6 +222,10 @@ class Strategy(ABC):
         """
         return space.working_entries(shape) + 8 * max(BLOCK_ENTRIES, shape.inputs * max(shape.d_in, shape.d_out))
 
+    def scratch_entries(self, shape: ModuleShape, space: Space) -> int:
+        """Those of the working entries that lie in ``scratch.empty`` tensors. By default those of the space."""
+        return space.scratch_entries(shape)
+
 
 class ElementwiseStrategy(Strategy):
     """A method that merges entry by entry: one function from n blocks to one. It works in every space, a plugin's too.
@@ -225,6 +235,7 @@ class ElementwiseStrategy(Strategy):
     """
 
     spaces: ClassVar[tuple[str, ...]] = ("delta", "joint", "core", "tucker", "factors")
+    takes_dense: ClassVar[bool] = True
 
     @classmethod
     def supports(cls, space: str) -> bool:  # noqa: ARG003 - whatever it is
@@ -268,6 +279,7 @@ class Preset:
         space: its space; None for the strategy's default.
         parameters: what it fixes; a recipe may still set the others.
         rank: ``output.rank`` where the recipe gives none; None for the strategy's.
+        low_rank_only: whether dense inputs are refused although the strategy takes them.
     """
 
     name: str
@@ -277,6 +289,12 @@ class Preset:
     space: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rank: Literal["max", "sum"] | None = None
+    low_rank_only: bool = False
+
+    @property
+    def takes_dense(self) -> bool:
+        """Whether inputs may be dense, in spaces that take them."""
+        return self.strategy.takes_dense and not self.low_rank_only
 
     @property
     def default_rank(self) -> Literal["max", "sum"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from pydantic import Field
@@ -47,6 +49,8 @@ class Drm(Strategy):
     Params = DrmParams
     spaces = ("joint",)
     space_defaults = {"rank_tolerance": 1e-2}  # noqa: RUF012 - a read-only class attribute, like the others
+    takes_dense = True
+    stand_in = ("ties", MappingProxyType({"density": 1.0, "weighted_election": False, "divisor": "count"}))
     params: DrmParams
 
     def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
@@ -82,11 +86,15 @@ class Drm(Strategy):
         weights = column(unit.weights, unit)
         limits = [threshold] * unit.inputs
 
+        def trimmed(where: slice) -> Tensor:
+            block = unit.own(unit.read(where))
+            own = sigma[:, where] if unit.axis == 0 else sigma
+            return trim_by_magnitude(block, limits, out=block).mul_(own)
+
         def merge(block: Tensor) -> Tensor:
-            own = unit.own(block)
-            sign, agreeing = election.hold(trim_by_magnitude(own, limits, out=own).mul_(sigma))
+            sign, agreeing = election.hold(block)
             if self.params.disjoint_mean:
                 return disjoint_mean(agreeing, weights, nonzeros(weights), out=agreeing).mul_(sign)
             return weighted_sum(agreeing, weights / unit.inputs).mul_(sign)
 
-        return unit.merged(merge)
+        return replace(unit, read=trimmed, is_computed=True).merged(merge)

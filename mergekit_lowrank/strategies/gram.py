@@ -11,9 +11,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, concatenate, densify, in_double, inner_products
-from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Space
+from mergekit_lowrank.lowrank import (
+    InputUpdate,
+    LowRankUpdate,
+    Update,
+    are_low_rank,
+    concatenate,
+    densify,
+    in_double,
+    inner_products,
+    low_rank,
+)
+from mergekit_lowrank.spaces import BLOCK_ENTRIES, Coordinates, ModuleShape, Part, Space
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy
+from mergekit_lowrank.strategies.sums import summed
 
 __all__ = ["GramParams", "GramStrategy", "lengths_and_cosines", "over", "row_grams"]
 
@@ -34,13 +45,15 @@ class GramStrategy(Strategy):
     These come from r × r products of the factors, in float64, and the sum is a concatenation of factors: exact, of
     rank Σ r_t, no delta multiplied out. Lengths and angles are the same in every orthonormal basis, so ``joint`` and
     ``core`` could give nothing else than ``delta`` does. In ``factors`` A and B are merged as a matrix each, the
-    scaling in both as √|s|, its sign on A.
+    scaling in both as √|s|, its sign on A. Where an input is dense, both the inner products and the sum come from
+    blocks of rows.
 
     A subclass implements ``coefficients``.
     """
 
     Params = GramParams
     spaces = ("delta", "factors")
+    takes_dense = True
     params: GramParams
 
     @abstractmethod
@@ -54,11 +67,13 @@ class GramStrategy(Strategy):
         """
 
     def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
-        """The concatenation in ``delta``; in ``factors`` the product of the two merged factors."""
-        if coordinates.is_linear:
+        """The concatenation in ``delta``, or a matrix of dense inputs; in ``factors`` the product of merged factors."""
+        if not coordinates.is_linear:
+            sides = factors_apart(low_rank(coordinates.updates, self.name))
+            return coordinates.decode([densify(self._combined(side, context)) for side in sides])
+        if are_low_rank(coordinates.updates):
             return self._combined(coordinates.updates, context)
-        sides = factors_apart(coordinates.updates)
-        return coordinates.decode([densify(self._combined(side, context)) for side in sides])
+        return coordinates.decode([self._summed(part, coordinates.updates, context) for part in coordinates.parts])
 
     def _combined(self, updates: Sequence[LowRankUpdate], context: MergeContext) -> LowRankUpdate:
         match self.params.granularity:
@@ -75,14 +90,44 @@ class GramStrategy(Strategy):
         scaled = (u.b * (own * u.scaling).to(u.b).unsqueeze(1) for u, own in zip(updates, c.T, strict=True))
         return LowRankUpdate(torch.cat([*scaled], dim=1), torch.cat([u.a for u in updates]))
 
+    def _summed(self, part: Part, updates: Sequence[InputUpdate], context: MergeContext) -> Tensor:
+        """The merged delta where an input is dense."""
+        match self.params.granularity:
+            case "tensor":
+                return summed(part, self.coefficients(inner_products(updates), context).tolist())
+            case "row":
+                return part.merged(lambda block: _multiplied(block, self.coefficients(_products(block, 2), context), 2))
+            case "column":
+                gram = torch.as_tensor(sum(_products(block, 1) for block in part.blocks()))
+                c = self.coefficients(gram, context)
+                return part.merged(lambda block: _multiplied(block, c, 1))
+
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
         """The concatenation with its temporaries, and two factors in float64; all of them and a block where by row."""
+        if shape.dense:
+            vectors = {"tensor": 0, "row": shape.d_out, "column": shape.d_in}[self.params.granularity]
+            return super().working_entries(shape, space) + 16 * shape.inputs**2 * (1 + vectors)
         coordinates = 0 if space.name == "delta" else space.working_entries(shape)  # delta's are never read
         combined, longest = coordinates + 3 * shape.factor_entries, max(shape.d_out, shape.d_in)
         if self.params.granularity == "tensor":
             return combined + 4 * max(shape.ranks) * longest + 4 * shape.inputs**2
         doubles = (6 * shape.joint_rank + 4 * shape.inputs) * longest + 4 * shape.joint_rank**2
         return combined + doubles + 8 * max(BLOCK_ENTRIES, block_entries(shape))
+
+    def scratch_entries(self, shape: ModuleShape, space: Space) -> int:
+        """None for a concatenation."""
+        return super().scratch_entries(shape, space) if shape.dense else 0
+
+
+def _products(block: Tensor, dim: int) -> Tensor:
+    """(m, n, n) float64: inner products of n inputs along one dimension of a block (n, rows, columns)."""
+    vectors = in_double(block).movedim(dim, -1).transpose(0, 1)
+    return vectors @ vectors.mT
+
+
+def _multiplied(block: Tensor, coefficients: Tensor, dim: int) -> Tensor:
+    """(rows, columns): Σ_t c_t x_t of a block (n, rows, columns), with c (m, n) of the vectors along ``dim``."""
+    return (block * coefficients.T.to(block).unsqueeze(dim)).sum(dim=0)
 
 
 def factors_apart(updates: Sequence[LowRankUpdate]) -> tuple[list[LowRankUpdate], list[LowRankUpdate]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import Update, concatenate
+from mergekit_lowrank.lowrank import Update, are_low_rank, concatenate
 from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import MergeContext, Preset
 from mergekit_lowrank.strategies.stages import weighted_sum
-from mergekit_lowrank.strategies.sums import SumParams, WeightedSum
+from mergekit_lowrank.strategies.sums import SumParams, WeightedSum, summed
 
 __all__ = ["PRESETS", "Linear"]
 
@@ -26,7 +26,7 @@ class Linear(WeightedSum):
     """Σ_t w_t ΔW_t, divided by Σ w where normalised.
 
     Exact in every linear space: the factors are concatenated, [w_t s_t B_t] · [A_t], and no matrix is multiplied out.
-    In ``factors`` it is what peft calls ``linear``.
+    Where an input is dense, the coordinates are added up by blocks. In ``factors`` it is what peft calls ``linear``.
     """
 
     name = "linear"
@@ -37,9 +37,12 @@ class Linear(WeightedSum):
 
     def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
         """The concatenation in linear spaces; in ``factors`` the product of the summed factors, over Σ w."""
-        if coordinates.is_linear:
-            return concatenate(coordinates.updates, self.target_weights(context.weights, context.total_weight))
-        return super().merge(coordinates, context)
+        if not coordinates.is_linear:
+            return super().merge(coordinates, context)
+        coefficients = self.target_weights(context.weights, context.total_weight)
+        if are_low_rank(coordinates.updates):
+            return concatenate(coordinates.updates, coefficients)
+        return coordinates.decode([summed(part, coefficients) for part in coordinates.parts])
 
     def merge_block(self, block: Tensor, weights: Tensor, context: MergeContext) -> Tensor:
         """Σ_t w_t x_t."""
@@ -51,9 +54,13 @@ class Linear(WeightedSum):
 
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
         """What the space holds, and the concatenation."""
-        if space.name == "delta":  # its coordinates are never read
+        if space.name == "delta" and not shape.dense:  # its coordinates are never read
             return 2 * shape.factor_entries
         return super().working_entries(shape, space) + shape.factor_entries
+
+    def scratch_entries(self, shape: ModuleShape, space: Space) -> int:
+        """None for a concatenation."""
+        return super().scratch_entries(shape, space) if shape.dense or space.name != "delta" else 0
 
 
 PRESETS = (
@@ -71,5 +78,6 @@ PRESETS = (
         "PEFT `add_weighted_adapter`, combination type `cat`",
         parameters={"normalize": False},
         rank="sum",
+        low_rank_only=True,
     ),
 )

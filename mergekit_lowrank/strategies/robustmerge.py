@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, order_statistics, padded_stacks
+from mergekit_lowrank.lowrank import LowRankUpdate, Update, low_rank, order_statistics, padded_stacks
 from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.strategies.base import MergeContext, Params, Strategy
 from mergekit_lowrank.strategies.stages import trim_by_magnitude, weighted_sum
@@ -45,11 +45,12 @@ class RobustMerge(Strategy):
     paper = "RobustMerge (arXiv:2502.17159)"
     Params = RobustMergeParams
     spaces = ("factors",)
+    stand_in = ("linear", {})  # the authors' code averages what is no factor
     params: RobustMergeParams
 
     def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
         """The merged factors, of the largest input rank; padded components stay out of every denominator."""
-        updates = coordinates.updates
+        updates = low_rank(coordinates.updates, self.name)
         b, a = padded_stacks(updates)
         whole, a = self._pruned(a, [u.a.numel() for u in updates])
         _, b = self._pruned(b, [u.b.numel() for u in updates])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -70,8 +71,10 @@ class SparseSum(SparseStrategy, WeightedSum):
 class ElectionParams(Params):
     """Parameters of a sign election and of the merge that follows."""
 
-    elect: Literal["total", "frequency"] = Field(
-        "total", description="elect the sign of the sum of the entries, or of the number of entries of each sign"
+    elect: Literal["total", "frequency", "none"] = Field(
+        "total",
+        description="elect the sign of the sum of the entries, or of the number of entries of each sign; none: every "
+        "entry that is kept is merged",
     )
     weighted_election: bool = Field(
         True, description="elect on weight·entry (mergekit); false: on the entries alone (the paper's code, peft)"
@@ -82,10 +85,11 @@ class ElectionParams(Params):
         "0), as the paper's code has it, or positive (mergekit, peft)",
     )
     disjoint: Literal["mean", "sum", "max"] = Field("mean", description="how the entries that agree are merged")
-    divisor: Literal["absolute_weights", "weights", "count"] = Field(
+    divisor: Literal["absolute_weights", "weights", "count", "inputs"] = Field(
         "absolute_weights",
         description="what the mean divides by, over the inputs kept at that entry: Σ|weight|; Σ weight (mergekit; a "
-        "negative weight then flips its own sign back); or their number (peft, the paper's code)",
+        "negative weight then flips its own sign back); or their number (peft, the paper's code); inputs: the number "
+        "of all inputs that have the module",
     )
 
 
@@ -114,14 +118,14 @@ class ElectedStrategy(SparseStrategy):
 
     def survey(self) -> Survey | None:
         """Model-wide thresholds where ``scope`` asks for them, and the majority of signs over the model."""
-        survey = self.sparsify.survey()
-        if survey is not None and self.params.zero_sign == "majority":
-            survey.count_signs = self._signs
+        survey, method = self.sparsify.survey(), self.params.elect
+        if survey is not None and method != "none" and self.params.zero_sign == "majority":
+            survey.count_signs = partial(self._signs, method)
         return survey
 
-    def _signs(self, part: Part, context: MergeContext) -> int:
+    def _signs(self, method: Literal["total", "frequency"], part: Part, context: MergeContext) -> int:
         votes, _ = self._votes(part, self.sparsify.prepared(part, context)())
-        return sum(int(elect_sign(votes(part.own(block)), self.params.elect).sum()) for block in part.blocks())
+        return sum(int(elect_sign(votes(part.own(block)), method).sum()) for block in part.blocks())
 
     def _votes(self, part: Part, trim: Trim) -> tuple[Trim, Tensor]:
         """What is kept as it votes, and the weights (n, 1, 1) that are not in it yet."""
@@ -141,6 +145,8 @@ class ElectedStrategy(SparseStrategy):
         shares = column(part.shares or part.weights, part)
         divisor = {"absolute_weights": shares.abs(), "weights": shares, "count": torch.ones_like(shares)}
         match self.params.disjoint:
+            case "mean" if self.params.divisor == "inputs":
+                return lambda sign, agreeing: weighted_sum(agreeing, weights / part.inputs).mul_(sign)
             case "mean":
                 divisors = divisor[self.params.divisor]
                 return lambda sign, agreeing: disjoint_mean(agreeing, weights, divisors, out=agreeing).mul_(sign)
@@ -155,13 +161,13 @@ class Election:
     """Elects the signs of a part, block by block.
 
     Attributes:
-        method: what is summed, as in ``elect_sign``.
+        method: what is summed, as in ``elect_sign``; ``none`` lets all votes pass.
         undecided: the sign where votes cancel.
         total: the sum of the elected signs so far.
         cancelled: whether votes have cancelled anywhere.
     """
 
-    method: Literal["total", "frequency"] = "total"
+    method: Literal["total", "frequency", "none"] = "total"
     undecided: int = 1
     total: int = 0
     cancelled: bool = False
@@ -169,9 +175,13 @@ class Election:
     def hold(self, votes: Tensor) -> tuple[Tensor, Tensor]:
         """The sign (…) of each entry and the magnitudes (n, …) of the votes that have it, the others zero.
 
+        Without an election the sign is 1, and the votes are left as they are.
+
         Args:
             votes: (n, …); zero means "does not vote". They are overwritten.
         """
+        if self.method == "none":
+            return torch.ones_like(votes[0]), votes
         sign = elect_sign(votes, self.method)
         self.total += int(sign.sum())  # exact: a block has fewer entries than float32 counts
         undecided = zeros(sign)

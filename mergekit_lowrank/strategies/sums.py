@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import Field
+from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
 from mergekit_lowrank.lowrank import Update
-from mergekit_lowrank.spaces import Coordinates
-from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params
+from mergekit_lowrank.spaces import Coordinates, Part
+from mergekit_lowrank.strategies.base import ElementwiseStrategy, MergeContext, Params, column
+from mergekit_lowrank.strategies.stages import weighted_sum
 
-__all__ = ["SumParams", "WeightedSum"]
+__all__ = ["SumParams", "WeightedSum", "summed"]
 
 NEGLIGIBLE_TOTAL = 1e-8
 """|Σ w| below this cannot normalise an average (mergekit uses the same bound and then silently divides by 1)."""
@@ -23,6 +25,12 @@ class SumParams(Params):
     normalize: bool = Field(
         False, description="divide by the sum of all weights (a weighted average); false is the plain sum Σ w·x"
     )
+
+
+def summed(part: Part, coefficients: Sequence[float]) -> Tensor:
+    """(rows, columns): Σ_t c_t x_t of a part."""
+    own = column(coefficients, part)
+    return part.merged(lambda block: weighted_sum(block, own))
 
 
 class WeightedSum(ElementwiseStrategy):

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, densify
+from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, StreamedUpdate, Update, densify
 from mergekit_lowrank.spaces import Coordinates, ModuleShape
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "settings",
     "shape_of",
     "snapshot",
+    "streamed",
     "views",
 ]
 
@@ -68,7 +69,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float, message: str
     assert worst <= tolerance * size, f"{message}: entries differ by up to {worst:.3g}, the largest is {size:.3g}"
 
 
-def assert_sound(update: Update, like: LowRankUpdate) -> None:
+def assert_sound(update: Update, like: InputUpdate) -> None:
     """An update of the shape, type and device of ``like``, finite."""
     assert isinstance(update, LowRankUpdate | DenseUpdate), f"merge returned {update!r}; expected an update"
     tensors = [update.delta] if isinstance(update, DenseUpdate) else [update.b, update.a]
@@ -77,8 +78,8 @@ def assert_sound(update: Update, like: LowRankUpdate) -> None:
         inner = (update.b.shape[1], update.a.shape[0])
         assert inner[0] == inner[1], f"b has {inner[0]} columns and a has {inner[1]} rows; expected as many"
     for tensor in tensors:
-        assert tensor.dtype == like.b.dtype, f"merge returned {tensor.dtype}; expected the inputs' {like.b.dtype}"
-        assert tensor.device == like.b.device, f"merge returned a tensor on {tensor.device}, not {like.b.device}"
+        assert tensor.dtype == like.dtype, f"merge returned {tensor.dtype}; expected the inputs' {like.dtype}"
+        assert tensor.device == like.device, f"merge returned a tensor on {tensor.device}, not {like.device}"
     assert bool(densify(update).isfinite().all()), "merge returned values that are not finite"
 
 
@@ -139,7 +140,7 @@ def devices(metafunc: pytest.Metafunc) -> list[Any]:
 
 def snapshot(coordinates: Coordinates) -> list[Tensor]:
     """Copies of everything that a strategy must not modify."""
-    factors = [tensor for update in coordinates.updates for tensor in (update.b, update.a)]
+    factors = [t for update in coordinates.updates if isinstance(update, LowRankUpdate) for t in (update.b, update.a)]
     return [tensor.clone() for tensor in (*factors, *(block for part in coordinates.parts for block in part.blocks()))]
 
 
@@ -148,9 +149,15 @@ def views(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
     return [LowRankUpdate(u.b.T.contiguous().T, u.a.T.contiguous().T, u.scaling) for u in updates]
 
 
-def shape_of(updates: Sequence[LowRankUpdate]) -> ModuleShape:
+def streamed(updates: Sequence[LowRankUpdate]) -> list[InputUpdate]:
+    """The same updates as dense inputs."""
+    return [StreamedUpdate.of(densify(update)) for update in updates]
+
+
+def shape_of(updates: Sequence[InputUpdate]) -> ModuleShape:
     """The sizes of a module."""
-    return ModuleShape(*updates[0].shape, tuple(update.rank for update in updates))
+    ranks = [u.rank if isinstance(u, LowRankUpdate) else min(u.shape) for u in updates]
+    return ModuleShape(*updates[0].shape, tuple(ranks), sum(isinstance(u, StreamedUpdate) for u in updates))
 
 
 def from_threads(work: Sequence[Callable[[], Tensor]]) -> list[Tensor]:

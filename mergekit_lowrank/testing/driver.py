@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, Update, densify
+from mergekit_lowrank.lowrank import InputUpdate, Update, densify
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.spaces import Coordinates, Space
 from mergekit_lowrank.strategies import MergeContext, Preset, Strategy
@@ -20,7 +20,7 @@ __all__ = ["Subject", "merge_coordinates", "merge_modules", "merge_updates", "su
 def merge_modules(
     strategy: Strategy,
     space: Space,
-    modules: Mapping[str, Sequence[LowRankUpdate]],
+    modules: Mapping[str, Sequence[InputUpdate]],
     weights: Sequence[float],
     **facts: Any,
 ) -> dict[str, Update]:
@@ -40,7 +40,7 @@ def merge_modules(
 def merge_updates(
     strategy: Strategy,
     space: Space,
-    updates: Sequence[LowRankUpdate],
+    updates: Sequence[InputUpdate],
     weights: Sequence[float] | None = None,
     **facts: Any,
 ) -> Update:
@@ -99,12 +99,16 @@ class Subject:
         count = count if kind.max_inputs is None else min(count, kind.max_inputs)
         return [values[i % len(values)] for i in range(count)]
 
-    def update(self, updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None, **given: Any) -> Update:
+    def takes_dense(self) -> bool:
+        """Whether updates may be dense."""
+        return self.preset.strategy.takes_dense and self.space_kind.takes_dense
+
+    def update(self, updates: Sequence[InputUpdate], weights: Sequence[float] | None = None, **given: Any) -> Update:
         """The merged update of one module; ``given`` are parameters, or facts of the context."""
         facts = {name: given.pop(name) for name in tuple(given) if name in MergeContext.__dataclass_fields__}
         return merge_updates(self.strategy(**given), self.space(), updates, weights, **facts)
 
-    def merged(self, updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None, **given: Any) -> Tensor:
+    def merged(self, updates: Sequence[InputUpdate], weights: Sequence[float] | None = None, **given: Any) -> Tensor:
         """The same as a dense delta."""
         return densify(self.update(updates, weights, **given))
 

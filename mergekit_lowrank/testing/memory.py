@@ -36,9 +36,11 @@ def held(work: Callable[[], object]) -> Held:
     """
     with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         tracemalloc.start()
-        result = work()
-        kept, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+        try:
+            result = work()
+            kept, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
     del result
     in_torch = [0, *accumulate(_allocations(profiled))]
     return Held(max(in_torch) + peak, in_torch[-1] + kept)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lowrank.api import merge
-from mergekit_lowrank.lowrank import LowRankUpdate, densify
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, StreamedUpdate, densify, scratch_space
 from mergekit_lowrank.spaces import Coordinates, ModuleShape, Space
 from mergekit_lowrank.testing.checks import (
     CASES,
@@ -27,6 +27,7 @@ from mergekit_lowrank.testing.checks import (
     settings,
     shape_of,
     snapshot,
+    streamed,
     views,
 )
 from mergekit_lowrank.testing.contract import Contract
@@ -36,7 +37,13 @@ from mergekit_lowrank.testing.memory import held
 __all__ = ["SpaceContract"]
 
 COEFFICIENTS = (1.5, -0.5, 2.0)
-MEASURED = {"few large": ModuleShape(768, 1024, (16, 16, 8)), "many ranks": ModuleShape(640, 512, (32,) * 6)}
+MEASURED = {
+    "few large": ModuleShape(768, 1024, (16, 16, 8)),
+    "many ranks": ModuleShape(640, 512, (32,) * 6),
+    "dense": ModuleShape(256, 8192, (256, 256), dense=2),
+    "dense and tall": ModuleShape(8192, 256, (256, 256), dense=2),
+    "mixed": ModuleShape(1024, 1536, (1024, 8, 16), dense=1),
+}
 
 
 class SpaceContract(Contract):
@@ -73,7 +80,7 @@ class SpaceContract(Contract):
         """The space with its parameters."""
         return self.kind()(self.kind().Params(**{**self.parameters, **parameters}))
 
-    def encoded(self, updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None) -> Coordinates:
+    def encoded(self, updates: Sequence[InputUpdate], weights: Sequence[float] | None = None) -> Coordinates:
         """The coordinates of updates, all of weight 1 unless given."""
         return self.made().encode(updates, weights if weights is not None else (1.0,) * len(updates))
 
@@ -105,6 +112,22 @@ class SpaceContract(Contract):
             expected = torch.stack([w * densify(u) for w, u in zip(weights, updates, strict=True)]).sum(dim=0)
             found = _weighted_sum(coordinates)
             assert_close(found, expected, self.tolerance, "is_linear, but Σ w x does not decode to Σ w ΔW")
+
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_dense_updates_decode_to_their_weighted_sum(self, case: tuple[int, int, tuple[int, ...]]) -> None:
+        if not self.kind().takes_dense:
+            return
+        d_out, d_in, ranks = case
+        updates = [u.scaled(-2.0) for u in random_updates(d_out, d_in, ranks, dtype=torch.float64)]
+        dense: list[InputUpdate] = [StreamedUpdate.of(densify(u) / 4).scaled(4.0) for u in updates]
+        weights = COEFFICIENTS[: len(ranks)]
+        expected = torch.stack([w * densify(u) for w, u in zip(weights, updates, strict=True)]).sum(dim=0)
+        for given in (dense, [*dense[:1], *updates[1:]], [*updates[:1], *dense[1:]]):
+            coordinates = self.encoded(given, weights)
+            assert_sound(coordinates.decode([part.merged(lambda x: x[0]) for part in coordinates.parts]), dense[0])
+            if coordinates.is_linear:
+                found = _weighted_sum(coordinates)
+                assert_close(found, expected, self.tolerance, "dense updates, all or some")
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_coordinates_and_results_are_finite_and_keep_type_and_device(
@@ -141,6 +164,17 @@ class SpaceContract(Contract):
                 expected = whole.narrow(axis, cut.start, cut.stop - cut.start)
                 torch.testing.assert_close(block, expected, msg=f"part '{part.name}', {cut}")
 
+    def test_other_weights_give_the_coordinates_of_a_new_encoding(self) -> None:
+        updates = random_updates(7, 9, (2, 3, 1), scalings=(1.0, -0.5, 2.0), dtype=torch.float64)
+        for given in (updates, streamed(updates)) if self.kind().takes_dense else (updates,):
+            first = self.encoded(given)
+            found, expected = self.made().reweighted(first, COEFFICIENTS), self.encoded(given, COEFFICIENTS)
+            assert (found.weights, first.weights) == (COEFFICIENTS, (1.0,) * 3)
+            assert [id(update) for update in found.updates] == [id(update) for update in given]
+            assert torch.equal(_weighted_sum(found), _weighted_sum(expected)), "reweighted gives other values"
+            for part, other in zip(found.parts, expected.parts, strict=True):
+                assert (part.weights, part.shares, part.sizes) == (other.weights, other.shares, other.sizes)
+
     def test_updates_are_not_modified(self) -> None:
         updates = random_updates(7, 9, (2, 3), dtype=torch.float64)
         before = [tensor.clone() for u in updates for tensor in (u.b, u.a)]
@@ -160,7 +194,7 @@ class SpaceContract(Contract):
         modules = [random_updates(7 + i, 9, (2, 3), i) for i in range(8)]
         space = self.made()
 
-        def work(updates: Sequence[LowRankUpdate]) -> Tensor:
+        def work(updates: Sequence[InputUpdate]) -> Tensor:
             return _weighted_sum(space.encode(updates, (1.0, 1.0)))
 
         alone = [work(updates) for updates in modules]
@@ -213,17 +247,27 @@ class SpaceContract(Contract):
         found = [self.made().working_entries(shape) for shape in GROWING]
         assert found[0] > 0
         assert found == sorted(found), f"working_entries falls while the module grows: {found}"
+        in_scratch = [self.made().scratch_entries(shape) for shape in GROWING]
+        assert all(0 <= part <= whole for part, whole in zip(in_scratch, found, strict=True)), (
+            f"scratch_entries are {in_scratch}, of working_entries {found}"
+        )
 
     @pytest.mark.parametrize("shape", MEASURED.values(), ids=MEASURED)
-    def test_memory_stays_below_the_estimate(self, shape: ModuleShape) -> None:
-        _read_through(self.encoded(random_updates(7, 9, (2, 3))))  # imports and caches
-        updates = random_updates(shape.d_out, shape.d_in, shape.ranks)
-        estimate = self.made().working_entries(shape) * torch.float32.itemsize
-        peak = held(lambda: _read_through(self.encoded(updates))).peak_bytes
-        assert peak <= estimate + MEMORY_SLACK_BYTES, (
-            f"the coordinates of {shape} held {peak / 2**20:.1f} MiB; "
-            f"working_entries says {estimate / 2**20:.1f} MiB at most"
-        )
+    def test_memory_stays_below_the_estimate(self, shape: ModuleShape, tmp_path: Path) -> None:
+        if shape.dense and not self.kind().takes_dense:
+            return
+        updates = _inputs(shape)
+        _read_through(self.encoded(_inputs(ModuleShape(7, 9, (7, 3), dense=min(shape.dense, 1)))))  # imports and caches
+        working, in_scratch = self.made().working_entries(shape), self.made().scratch_entries(shape)
+        whole = held(lambda: _read_through(self.encoded(updates))).peak_bytes
+        with scratch_space(tmp_path, 0):
+            rest = held(lambda: _read_through(self.encoded(updates))).peak_bytes
+        for peak, entries, name in ((whole, working, ""), (rest, working - in_scratch, " − scratch_entries")):
+            estimate = entries * torch.float32.itemsize
+            assert peak <= estimate + MEMORY_SLACK_BYTES, (
+                f"the coordinates of {shape} held {peak / 2**20:.1f} MiB; "
+                f"working_entries{name} says {estimate / 2**20:.1f} MiB at most"
+            )
 
     def test_parameters_are_described_and_strict(self) -> None:
         assert_parameters_are_described(self.kind().Params)
@@ -257,5 +301,12 @@ def _weighted(weights: Tensor, block: Tensor) -> Tensor:
 
 
 def _read_through(coordinates: Coordinates) -> object:
-    """What a strategy without temporaries of its own does: every block read and summed, and the sums decoded."""
-    return coordinates.decode([part.merged(lambda block: block.sum(dim=0)) for part in coordinates.parts])
+    """What a merge without temporaries of its own does: every block read and summed, the sums decoded and scaled."""
+    return coordinates.decode([part.merged(lambda block: block.sum(dim=0)) for part in coordinates.parts]).scaled(0.5)
+
+
+def _inputs(shape: ModuleShape) -> list[InputUpdate]:
+    """Updates of this shape, the first ones dense and of full rank."""
+    low = random_updates(shape.d_out, shape.d_in, shape.ranks[shape.dense :])
+    matrices = torch.randn(shape.dense, shape.d_out, shape.d_in, generator=torch.Generator().manual_seed(0))
+    return [*map(StreamedUpdate.of, matrices), *low]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torch import Tensor
 from mergekit_lowrank.api import merge
 from mergekit_lowrank.errors import StrategyError
 from mergekit_lowrank.formats import PeftFormat
-from mergekit_lowrank.lowrank import LowRankUpdate, densify
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, StreamedUpdate, densify, scratch_space
 from mergekit_lowrank.spaces import ModuleShape
 from mergekit_lowrank.strategies import Preset, Strategy
 from mergekit_lowrank.testing.checks import (
@@ -33,6 +33,7 @@ from mergekit_lowrank.testing.checks import (
     settings,
     shape_of,
     snapshot,
+    streamed,
     views,
 )
 from mergekit_lowrank.testing.contract import Contract
@@ -50,7 +51,12 @@ WEIGHTS = {
     "of sum zero": (1.0, -1.0, 0.0),
     "all zero": (0.0, 0.0, 0.0),
 }
-MEASURED = {"few large": ModuleShape(768, 1024, (16, 16, 8)), "many small": ModuleShape(320, 256, (4,) * 8)}
+MEASURED = {
+    "few large": ModuleShape(768, 1024, (16, 16, 8)),
+    "many small": ModuleShape(320, 256, (4,) * 8),
+    # Above what a strategy may hold of blocks, so that one matrix more is seen.
+    "partly dense": ModuleShape(256, 16384, (256, 8), dense=1),
+}
 
 MODULES = {"layers.0.attn.q_proj": (6, 5), "layers.1.mlp.down_proj": (5, 8)}
 FIRST, LAST = MODULES
@@ -206,19 +212,23 @@ class StrategyContract(Contract):
 
     def test_zero_inputs_merge_to_zero(self, subject: Subject) -> None:
         for zero in ("a", "b", "both"):
-            updates = [_silenced(u, zero) for u in random_updates(7, 9, subject.counted((2, 3)))]
-            found = subject.merged(updates)
-            assert torch.equal(found, torch.zeros(7, 9)), f"inputs with {zero} zero gave {float(found.abs().max()):g}"
+            silent = [_silenced(u, zero) for u in random_updates(7, 9, subject.counted((2, 3)))]
+            for updates in _ways(subject, silent):
+                found = subject.merged(updates)
+                assert torch.equal(found, torch.zeros(7, 9)), (
+                    f"inputs with {zero} zero gave {float(found.abs().max()):g}"
+                )
 
     def test_a_zero_input_among_others_gives_finite_values(self, subject: Subject) -> None:
         for zero in ("a", "b", "both"):
             first, second, *others = random_updates(7, 9, subject.counted((2, 3, 2)))
-            updates = [first, _silenced(second, zero), *others]
-            assert_sound(subject.update(updates), first)
+            for updates in _ways(subject, [first, _silenced(second, zero), *others]):
+                assert_sound(subject.update(updates), first)
 
     def test_an_adapter_given_twice_gives_finite_values(self, subject: Subject) -> None:
         update = random_update(7, 9, 3)
-        assert_sound(subject.update(subject.counted((update,) * 3)), update)
+        for updates in _ways(subject, subject.counted((update,) * 3)):
+            assert_sound(subject.update(updates), update)
 
     @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
     def test_weights_are_refused_or_give_finite_values(self, subject: Subject, weights: tuple[float, ...]) -> None:
@@ -236,14 +246,31 @@ class StrategyContract(Contract):
 
     def test_tiny_and_huge_inputs_give_finite_values(self, subject: Subject) -> None:
         for factor in (1e-12, 1e12):
-            updates = [u.scaled(factor) for u in random_updates(7, 9, subject.counted((2, 3, 1)))]
-            assert_sound(subject.update(updates), updates[0])
+            scaled = [u.scaled(factor) for u in random_updates(7, 9, subject.counted((2, 3, 1)))]
+            for updates in _ways(subject, scaled):
+                assert_sound(subject.update(updates), updates[0])
 
     def test_a_module_that_some_inputs_lack_gives_finite_values(self, subject: Subject) -> None:
         for taking_part in ((1,), (0, 2)):
             own = taking_part[: self.preset().strategy.max_inputs]
             updates = random_updates(7, 9, (2, 3)[: len(own)])
             assert_sound(subject.update(updates, participants=own, total_weight=3.0), updates[0])
+
+    def test_dense_inputs_give_what_their_factors_give(self, subject: Subject) -> None:
+        # Not of rank one: in ``joint`` its directions are equal, but for rounding, and thresholds choose between them.
+        low = random_updates(7, 9, subject.counted((2, 3, 2)), 3, dtype=torch.float64)
+        for given in settings(self.preset().strategy.Params):
+            expected = subject.merged(low, **given)
+            for updates in _ways(subject, low):
+                found = subject.merged(updates, **given)
+                if _draws_alike(subject, updates, low):
+                    assert_close(found, expected, self.tolerance, f"dense inputs with {given}")
+
+    def test_dense_inputs_are_not_merged_where_the_method_says_that_it_takes_none(self, subject: Subject) -> None:
+        if subject.space_kind.takes_dense and not self.preset().strategy.takes_dense:
+            # Without ``low_rank`` it is the missing factors that stop it.
+            with pytest.raises((StrategyError, AttributeError)):
+                subject.update(streamed(random_updates(7, 9, subject.counted((2, 3)))))
 
     def test_float32_agrees_with_float64(self, subject: Subject) -> None:
         single = random_updates(13, 11, subject.counted((2, 3)), 4, scalings=subject.counted((2.0, 0.5)))
@@ -267,20 +294,38 @@ class StrategyContract(Contract):
                 assert torch.equal(shared, own), f"{given} for each model gave other values; use context.each"
 
     def test_memory_estimates_grow_with_the_module(self, subject: Subject) -> None:
-        found = [subject.strategy().working_entries(shape, subject.space()) for shape in GROWING]
+        strategy, space = subject.strategy(), subject.space()
+        found = [strategy.working_entries(shape, space) for shape in GROWING]
         assert found[0] > 0
         assert found == sorted(found), f"working_entries falls while the module grows: {found}"
+        in_scratch = [strategy.scratch_entries(shape, space) for shape in GROWING]
+        assert all(0 <= part <= all_ for part, all_ in zip(in_scratch, found, strict=True)), (
+            f"scratch_entries are {in_scratch}, of working_entries {found}"
+        )
 
     @pytest.mark.parametrize("shape", MEASURED.values(), ids=MEASURED)
-    def test_memory_stays_below_the_estimate(self, subject: Subject, shape: ModuleShape) -> None:
-        updates = random_updates(shape.d_out, shape.d_in, subject.counted(shape.ranks))
+    def test_memory_stays_below_the_estimate(self, subject: Subject, shape: ModuleShape, tmp_path: Path) -> None:
+        if shape.dense and not subject.takes_dense():
+            return
+        updates = _inputs(subject, shape)
         strategy, space = subject.strategy(), subject.space()
-        estimate = strategy.working_entries(shape_of(updates), space) * torch.float32.itemsize
+        working = strategy.working_entries(shape_of(updates), space)
+        in_scratch = strategy.scratch_entries(shape_of(updates), space)
         merge_updates(strategy, space, random_updates(7, 9, subject.counted((2, 3))))  # imports and caches
-        peak = held(lambda: merge_updates(strategy, space, updates)).peak_bytes
-        assert peak <= estimate + MEMORY_SLACK_BYTES, (
-            f"merging {shape} held {peak / 2**20:.1f} MiB; working_entries says {estimate / 2**20:.1f} MiB at most"
-        )
+        _assert_held(lambda: merge_updates(strategy, space, updates), working, f"merging {shape}")
+        if in_scratch:
+            with scratch_space(tmp_path, 0):
+                rest = working - in_scratch
+                _assert_held(lambda: merge_updates(strategy, space, updates), rest, f"merging {shape} in scratch space")
+
+    def test_the_stand_in_is_a_method_that_takes_dense_inputs_in_delta(self) -> None:
+        stand_in = self.preset().strategy.stand_in
+        if stand_in is not None:
+            name, parameters = stand_in
+            preset = self.registry().method(name)
+            assert preset.takes_dense, f"the stand-in '{name}' takes no dense inputs"
+            assert "delta" in self.registry().spaces_of(preset), f"the stand-in '{name}' does not work in delta"
+            preset.strategy.Params(**{**preset.parameters, **parameters})
 
     def test_parameters_are_described_and_strict(self) -> None:
         assert_parameters_are_described(self.preset().strategy.Params)
@@ -324,6 +369,42 @@ def _recipe(subject: Subject, options: Sequence[Mapping[str, Any]], directory: P
         for seed, own in enumerate(options)
     ]
     return {"merge_method": subject.preset.name, "models": [{"model": str(path)} for path in paths]}
+
+
+def _ways(subject: Subject, updates: Sequence[LowRankUpdate]) -> Iterator[Sequence[InputUpdate]]:
+    """The updates as they are; where dense ones are taken, also all of them dense, and the first or all others."""
+    yield updates
+    if subject.takes_dense():
+        dense = streamed(updates)
+        yield dense
+        if len(updates) > 1:
+            yield [*dense[:1], *updates[1:]]
+            yield [*updates[:1], *dense[1:]]
+
+
+def _draws_alike(subject: Subject, *ways: Sequence[InputUpdate]) -> bool:
+    """Whether random numbers, if there are any, fall on the same entries: blocks are cut along one axis."""
+    axes = {tuple(part.axis for part in subject.space().encode(way, (1.0,) * len(way)).parts) for way in ways}
+    return not subject.preset.strategy.is_random or len(axes) == 1
+
+
+def _inputs(subject: Subject, shape: ModuleShape) -> Sequence[InputUpdate]:
+    """Updates of this shape, as many as the method takes; the first ones dense and of full rank."""
+
+    def made(t: int, rank: int) -> InputUpdate:
+        if t >= shape.dense:
+            return random_update(shape.d_out, shape.d_in, rank, t)
+        return StreamedUpdate.of(torch.randn(shape.d_out, shape.d_in, generator=torch.Generator().manual_seed(t)))
+
+    return [made(t, rank) for t, rank in enumerate(subject.counted(shape.ranks))]
+
+
+def _assert_held(work: Callable[[], object], entries: int, what: str) -> None:
+    peak, estimate = held(work).peak_bytes, entries * torch.float32.itemsize
+    assert peak <= estimate + MEMORY_SLACK_BYTES, (
+        f"{what} held {peak / 2**20:.1f} MiB; working_entries (less scratch_entries, there) says "
+        f"{estimate / 2**20:.1f} MiB at most"
+    )
 
 
 def _silenced(update: LowRankUpdate, zero: str) -> LowRankUpdate:

@@ -58,6 +58,15 @@ def write_adapter(directory: Path, made: dict[str, Tensor] | None = None, **sett
     return directory
 
 
+def write_model(directory: Path) -> Path:
+    """A base for the adapters: their modules, and one tensor that they leave alone."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    made = {f"{module}.weight": torch.ones(6, 5) for module in MODULES}
+    save_file({**made, "norm.weight": torch.ones(20)}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 def write_recipe(path: Path, *models: Path | str, method: str = "ties") -> Path:
     lines = [f"merge_method: {method}", "models:", *(f"- model: {json.dumps(str(model))}" for model in models)]
     path.write_text("\n".join(lines) + "\n")

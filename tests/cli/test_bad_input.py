@@ -201,7 +201,12 @@ def test_memory_that_is_no_amount(refused, recipe):
 
 
 def test_memory_that_is_too_little(refused, recipe):
-    refused(recipe, "--memory", "100", texts=("module 'layers.0.q_proj' needs", "Allow more with --memory"))
+    texts = ("module 'layers.0.q_proj' needs", "the merge may hold 100 B", " with --memory, take fewer workers")
+    refused(recipe, "--memory", "100", texts=texts)
+
+
+def test_vram_that_is_no_amount(refused, recipe):
+    refused(recipe, "--vram", "much", texts=("'much' is not an amount of memory",))
 
 
 def test_an_unknown_device(refused, recipe):

@@ -13,26 +13,25 @@ import torch
 
 from mergekit_lowrank import __version__
 from mergekit_lowrank.cli import main
-from mergekit_lowrank.errors import RecipeError
+from mergekit_lowrank.errors import DiskError, RecipeError
 
-from .builders import run, succeeds, tree
+from .builders import run, succeeds
 
 HEAVY = {"torch", "transformers", "huggingface_hub", "tqdm"}
-COMMANDS = ("completion", "init", "inspect", "merge", "plan", "plugins", "schema", "strategies")
+COMMANDS = ("completion", "finalize", "init", "inspect", "merge", "plan", "plugins", "schema", "strategies")
 
 SLOW = """
 import os, time
-from mergekit_lowrank.engine import pipeline
 from mergekit_lowrank.cli import main
+from mergekit_lowrank.cli.progress import ProgressBar
+from mergekit_lowrank.events import ModuleMerged
 
-merge = pipeline.merge_module
+def slow(self, event):
+    if isinstance(event, ModuleMerged):
+        os.write(1, b"merged\\n")  # in one piece, whatever other threads write
+        time.sleep(60)
 
-def slow(*arguments, **keywords):
-    os.write(1, b"merging\\n")  # in one piece, whatever other threads write
-    time.sleep(0.3)
-    return merge(*arguments, **keywords)
-
-pipeline.merge_module = slow
+ProgressBar.handle = slow
 main(prog_name="mergekit-lowrank")
 """
 
@@ -86,6 +85,7 @@ def test_an_unknown_command_is_a_usage_error():
         (RecipeError("the recipe is odd"), "error: the recipe is odd\n"),
         (OSError(28, "No space left on device", "/disk/out"), "error: /disk/out: No space left on device\n"),
         (OSError("no device"), "error: no device\n"),
+        (DiskError("out: the disk is full; run it again"), "error: out: the disk is full; run it again\n"),
         (MemoryError(), "error: out of memory (no more could be had). Let the merge hold less with --memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory (CUDA out of memory). "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory (DefaultCPUAllocator"),
@@ -153,18 +153,24 @@ def test_a_recipe_that_is_not_there_ends_with_2_and_without_a_traceback(tmp_path
 
 
 @pytest.mark.parametrize("executor", ["serial", "threads"])
-def test_an_interrupt_in_the_middle_of_a_merge_leaves_nothing(recipe, tmp_path, executor):
-    before = tree(tmp_path)
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_merge_that_is_stopped_goes_on_when_it_is_run_again(recipe, tmp_path, executor, number, status, word):
+    succeeds("merge", recipe, "whole")
     command = [sys.executable, "-c", SLOW, "merge", str(recipe), "out", "--executor", executor]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout is not None
-    assert running.stdout.readline() == "merging\n"
-    assert tree(tmp_path) != before
-    running.send_signal(signal.SIGINT)
+    assert running.stdout.readline() == "merged\n"
+    running.send_signal(number)
     _, complaint = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert complaint.strip() == "interrupted: nothing was written"
-    assert tree(tmp_path) == before
+    assert running.returncode == status
+    assert complaint.strip() == f"{word}: the work so far is kept; run the same command again to go on"
+    assert not (tmp_path / "out").exists()
+    succeeds("merge", recipe, "out", "--executor", executor)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"math", "code", "recipe.yaml", "out", "whole"}
 
 
 def test_output_that_nobody_reads_ends_quietly():

@@ -46,14 +46,23 @@ def test_what_is_commented_out_may_be_uncommented(tmp_path, math, code, method):
     uncommented = re.sub(r"^#(?! |$)(.*)", r"\1", text, flags=re.MULTILINE)
     uncommented = re.sub(r"^#(  \w+: .*)", r"\1", uncommented, flags=re.MULTILINE)
     (tmp_path / "full.yaml").write_text(uncommented, encoding="utf-8")
-    assert {"parameters", "space", "output", "missing", "rules", "seed"} <= YAML(typ="safe").load(uncommented).keys()
+    assert {"parameters", "space", "output", "missing", "rules", "seed", "execution", "sweep"} <= YAML(typ="safe").load(
+        uncommented
+    ).keys()
     planned = succeeds("plan", "full.yaml", "--json")
     assert planned == succeeds("plan", "made.yaml", "--json")
 
 
 def test_the_rank_shown_is_the_methods_own(tmp_path, math, code):
     text = written(tmp_path, "math", "code", "--method", "linear")
-    assert "#output: {rank: max, uniform_rank: true, snap: null, balance: false}" in text
+    shown = "#output: {kind: adapter, rank: max, uniform_rank: true, snap: null, balance: false, shard_size: null}"
+    assert shown in text.splitlines()
+
+
+def test_the_execution_shown_is_the_default(tmp_path, math, code):
+    text = written(tmp_path, "math", "code")
+    shown = "#execution: {memory: null, vram: null, device: auto, executor: threads, workers: null}"
+    assert shown in text.splitlines()
 
 
 def test_nothing_in_an_adapter_can_end_a_comment(tmp_path, math):

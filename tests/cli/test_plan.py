@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
-from .builders import MODULES, run, succeeds, tensors, tree, write_adapter, write_recipe
+from mergekit_lowrank.cli import planning
+
+from .builders import MODULES, run, succeeds, tensors, tree, write_adapter, write_model, write_recipe
 
 
 def test_plan_shows_layers_that_are_alike_in_one_line(recipe):
@@ -26,7 +30,8 @@ def test_plan_shows_totals_and_the_budget(recipe):
     assert "inputs   2, base model org/base" in printed
     assert "reads    704 B of tensors" in printed
     assert "writes   352 B of tensors, every module padded to rank 2" in printed
-    assert "at most 1.0 GiB for all modules in flight" in printed
+    assert re.search(r"^memory   [\d.]+ \wiB for the largest module, [\d.]+ \wiB beside the modules; ", printed, re.M)
+    assert "; at most 1.0 GiB in all (--memory)\n" in printed
 
 
 def test_plan_keeps_apart_what_differs(tmp_path, math, code):
@@ -109,3 +114,99 @@ def test_plan_strict_refuses_warnings(recipe, code):
     write_adapter(code, tensors(), base_model_name_or_path="org/other")
     assert "name different base models" in succeeds("plan", recipe)
     assert run("plan", recipe, "--strict").exit_code == 2
+
+
+def test_the_recipe_may_set_the_budget_and_the_option_wins(recipe):
+    recipe.write_text(recipe.read_text() + "execution: {memory: 3GiB}\n")
+    assert "at most 3.0 GiB in all" in succeeds("plan", recipe)
+    assert "at most 1.0 GiB in all" in succeeds("plan", recipe, "--memory", "1GiB")
+
+
+def test_workers_take_memory_of_their_own(recipe):
+    beside = [
+        re.search(r"([\d.]+) MiB beside the modules", succeeds("plan", recipe, "--workers", count))[1]
+        for count in (1, 3)
+    ]
+    assert float(beside[1]) > float(beside[0])
+
+
+def test_plan_says_what_goes_through_a_file_on_disk(recipe, monkeypatch):
+    assert "on disk" not in succeeds("plan", recipe)
+    plan = planning.plan_variants
+
+    def squeezed(*arguments, **options):
+        made = plan(*arguments, **options)[""]
+        return {"": replace(made, modules=(replace(made.modules[0], scratch_bytes=3 << 20), *made.modules[1:]))}
+
+    monkeypatch.setattr(planning, "plan_variants", squeezed)
+    printed = succeeds("plan", recipe).splitlines()
+    assert printed[0].endswith("  on disk")
+    assert [line.split()[0] for line in printed if line.endswith("3.0 MiB")] == ["layers.0.q_proj", "disk"]
+    assert "disk     1 of 4 modules go through a file on disk, of up to 3.0 MiB" in printed
+
+
+@pytest.fixture
+def sweep(recipe):
+    recipe.write_text(recipe.read_text() + "sweep: {parameters.density: [0.2, 0.5], space: [delta, joint]}\n")
+    return recipe
+
+
+def test_plan_shows_the_variants_of_a_sweep(sweep):
+    printed = succeeds("plan", sweep).splitlines()
+    assert [line.split()[:4] for line in printed[:5]] == [
+        ["variant", "method", "space", "rank"],
+        ["density=0.2,space=delta", "ties", "delta", "2"],
+        ["density=0.2,space=joint", "ties", "joint", "2"],
+        ["density=0.5,space=delta", "ties", "delta", "2"],
+        ["density=0.5,space=joint", "ties", "joint", "2"],
+    ]
+    assert "352 B of tensors, every module padded to rank 2" in printed[1]
+    assert "variants  4, each written into a directory of its name; inputs are read once for all" in printed
+
+
+def test_plan_all_shows_the_modules_of_every_variant(sweep):
+    printed = succeeds("plan", sweep, "--all")
+    assert len(re.findall(r"^density=0.\d,space=\w+:$", printed, re.MULTILINE)) == 4
+    assert printed.count("layers.1.v_proj") == 4
+
+
+def test_plan_json_of_a_sweep_holds_a_plan_for_each_variant(sweep):
+    planned = json.loads(succeeds("plan", sweep, "--json"))
+    assert next(iter(planned["variants"])) == "density=0.2,space=delta"
+    spaces = [made["modules"][0]["space"] for made in planned["variants"].values()]
+    assert spaces == ["delta", "joint", "delta", "joint"]
+
+
+def test_plan_names_what_is_wrong_with_a_variant_where_it_is_swept_and_once(recipe):
+    recipe.write_text(
+        recipe.read_text() + "sweep:\n  parameters.density: [0.2, 7]\n  space: [delta, jiont]\n  seed: [1, 2]\n"
+    )
+    result = run("plan", recipe)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: 2 problems:\n1. ")
+    assert f"{recipe}:7:18: space: unknown space 'jiont'; did you mean 'joint'?" in result.stderr
+    assert f"{recipe}:6:29: parameters.density: expected less than or equal to 1, found 7" in result.stderr
+
+
+def test_plan_warns_once_of_what_all_variants_share(sweep, code):
+    write_adapter(code, tensors(MODULES[:3], seed=2))
+    assert succeeds("plan", sweep).count("warning") == 1
+
+
+def test_plan_of_a_fold_shows_what_is_read_and_written_of_the_base(recipe, tmp_path):
+    write_model(tmp_path / "base")
+    options = ("--set", "base_model=base", "--set", "output={kind: model, shard_size: 250}")
+    printed = succeeds("plan", recipe, *options)
+    assert printed.splitlines()[1].split()[-4:-2] == ["delta", "whole"]
+    assert "inputs   2, base model base\n" in printed
+    assert "reads    704 B of tensors, and the base model: 560 B\n" in printed
+    assert re.search(r"^writes   [\d.]+ \w+ in 3 files, 4 of 5 tensors changed$", printed, re.MULTILINE)
+    planned = json.loads(succeeds("plan", recipe, *options, "--json"))
+    assert planned["kind"] == "model"
+    assert planned["totals"]["bytes_written"] >= 560  # headers of files are beside the tensors
+
+
+def test_plan_of_a_fold_needs_the_base(recipe):
+    result = run("plan", recipe, "--set", "base_model=./base", "--set", "output.kind=model")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --set base_model=./base: './base': there is no ")

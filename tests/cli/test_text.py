@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mergekit_lowrank.cli.progress import ProgressBar
 from mergekit_lowrank.cli.tables import aligned, fields, one_line, spans
-from mergekit_lowrank.events import MergeFinished, MergeStarted, ModuleMerged, SurveyRound
+from mergekit_lowrank.events import MergeFinished, MergeStarted, ModuleMerged, Notice, SurveyRound
 
 
 class Terminal(io.StringIO):
@@ -76,3 +76,14 @@ def test_off_a_terminal_no_bar_is_shown(monkeypatch):
     bar.handle(ModuleMerged("m", 1, 0.1))
     bar.close()
     assert stream.getvalue() == ""
+
+
+def test_a_notice_is_a_line_on_a_terminal_or_not(monkeypatch):
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = ProgressBar()
+        bar.handle(MergeStarted(2, 10))
+        bar.handle(Notice("2 of 4 are there already"))
+        bar.handle(ModuleMerged("m", 1, 0.1))
+        bar.close()
+        assert "2 of 4 are there already\n" in stream.getvalue()

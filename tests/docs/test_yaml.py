@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_lowrank import Registry, plan
+from mergekit_lowrank import Registry, plan_variants
 from mergekit_lowrank.recipe import parse_recipe
 from mergekit_lowrank.recipe.document import read_yaml
 from tests.docs.pages import ROOT, Block, blocks, blocks_in
@@ -47,6 +47,7 @@ def test_a_recipe_in_the_docs_is_planned(block: Block, workplace: Path) -> None:
     recipe = recipe_in(block)
     directory = RECIPES if "adapters/" in str(recipe["models"]) else workplace
     checked = parse_recipe(recipe, directory=directory)
-    made = plan(checked, registry=registry_for(block))
-    assert len(made.inputs) == len(recipe["models"])
-    assert made.warnings == ()
+    plans = plan_variants(checked, registry=registry_for(block))
+    for made in plans.values():
+        assert len(made.inputs) == len(recipe["models"])
+        assert made.warnings == ()

@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_lowrank import CheckpointError, MergeError, OutputError, Registry, StrategyError, hookimpl, merge
+from mergekit_lowrank import (
+    CheckpointError,
+    DiskError,
+    MergeError,
+    OutputError,
+    Registry,
+    StrategyError,
+    hookimpl,
+    merge,
+)
 from mergekit_lowrank.events import MergeFinished, MergeStarted, ModuleMerged, Reporter, SurveyRound
 from mergekit_lowrank.recipe import load_recipe
 from mergekit_lowrank.report import closing_lines
@@ -35,7 +44,22 @@ def test_the_directory_holds_what_is_promised(tmp_path) -> None:
         "manifest.json",
         "recipe.yaml",
         "report.json",
+        "timings.json",
     ]
+
+
+def test_times_stand_in_a_file_of_their_own_and_all_others_are_the_same_each_time(tmp_path) -> None:
+    recipe = recipe_of(adapters(tmp_path))
+    written = []
+    for _ in range(2):
+        report = merge(recipe, tmp_path / "out", overwrite=True)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+    times = json.loads(written[1].pop("timings.json"))
+    assert times["wall_seconds"] == report.totals.wall_seconds
+    assert times["modules"] == {module["module"]: module["wall_seconds"] for module in report.modules}
+    written[0].pop("timings.json")
+    assert written[0] == written[1]
+    assert b"seconds" not in written[0]["report.json"]
 
 
 def test_the_configuration_follows_the_one_convention(tmp_path) -> None:
@@ -193,21 +217,31 @@ class TestFailures:
             merge(recipe_of(paths), tmp_path / "out")
         assert_nothing_left(tmp_path, *(path.name for path in paths))
 
-    def test_a_write_that_fails_later_leaves_nothing(self, tmp_path, monkeypatch) -> None:
+    @pytest.mark.parametrize(
+        ("works", "finished"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]
+    )  # the header, then two factors a module
+    def test_a_write_that_fails_later_keeps_what_is_finished(self, tmp_path, monkeypatch, works, finished) -> None:
         calls = []
         real = os.pwrite
 
         def failing(*arguments):
             calls.append(1)
-            if len(calls) > 5:
+            if len(calls) > works:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return real(*arguments)
 
         paths = adapters(tmp_path)
-        monkeypatch.setattr(os, "pwrite", failing)
-        with pytest.raises(OutputError, match="cannot be written"):
-            merge(recipe_of(paths), tmp_path / "out")
-        assert_nothing_left(tmp_path, *(path.name for path in paths))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", failing)
+            with pytest.raises(DiskError, match="cannot be written") as caught:
+                merge(recipe_of(paths), tmp_path / "out", executor="serial")
+        assert ("run the same merge again to go on" in str(caught.value)) == bool(finished)
+        kept = [".out.partial"] if finished else []
+        assert_nothing_left(tmp_path, *kept, *(path.name for path in paths))
+        recorder = Recorder()
+        merge(recipe_of(paths), tmp_path / "out", reporters=[recorder])
+        assert sum(isinstance(event, ModuleMerged) for event in recorder.events) == len(MODULES) - finished
+        assert_nothing_left(tmp_path, "out", *(path.name for path in paths))
 
     def test_an_overflow_in_the_stored_type_is_caught_after_the_cast(self, tmp_path) -> None:
         paths = adapters(tmp_path, 1, lora_alpha=1e7, dtype=torch.float16)

@@ -41,3 +41,25 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[s
     (path / "adapter_config.json").write_text(json.dumps(settings))
     save_file(dict(tensors), path / "adapter_model.safetensors")
     return path
+
+
+def write_model(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, object] | None = None) -> Path:
+    """A model directory of one safetensors file."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"} if settings is None else settings))
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+def weights(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Parameters of each kind."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "model.embed_tokens.weight": (7, 4),
+        "model.layers.0.attn.q_proj.weight": (6, 4),
+        "model.layers.0.attn.q_proj.bias": (6,),
+        "model.layers.0.conv.weight": (3, 2, 2),
+        "model.norm.weight": (4,),
+        "lm_head.weight": (7, 4),
+    }
+    return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_lowrank.errors import CheckpointError
-from mergekit_lowrank.formats import TensorSpec, open_tensors
+from mergekit_lowrank.formats import TensorSource, TensorSpec, open_tensors
+from mergekit_lowrank.formats.tensors import TensorMapping
+from mergekit_lowrank.testing.memory import held
 
 
 def error_of(path: Path) -> str:
@@ -47,6 +49,33 @@ def test_tensors_of_a_file_that_is_not_aligned_are_read(tmp_path):
         len(text).to_bytes(8, "little") + text + torch.tensor([1.5, -2.0]).numpy().tobytes()
     )
     assert open_tensors(tmp_path / "x.safetensors").read("a").tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 3), (5, 0)])
+@pytest.mark.parametrize("where", [slice(1, 4), slice(0, 5), slice(4, 9), slice(2, 2), slice(3, 1), slice(None)])
+def test_rows_are_read_alone(tmp_path, dtype, shape, where):
+    stored = torch.randn(shape).to(dtype)
+    save_file({"other": torch.ones(7), "a": stored}, tmp_path / "x.safetensors")
+    torch.save({"a": stored}, tmp_path / "x.bin")
+    for name in ("x.safetensors", "x.bin"):
+        rows = open_tensors(tmp_path / name).read_rows("a", where)
+        assert rows.dtype == dtype
+        assert torch.equal(rows.float(), stored[where].float())
+
+
+def test_a_source_reads_whole_tensors_where_it_knows_no_rows():
+    class Ones(TensorSource):
+        def read(self, key):
+            return torch.ones(3, 2)
+
+    assert Ones().read_rows("a", slice(1, 3)).shape == (2, 2)
+
+
+def test_nothing_but_the_rows_is_held(tmp_path):
+    save_file({"a": torch.ones(1024, 256)}, tmp_path / "x.safetensors")
+    source = open_tensors(tmp_path / "x.safetensors")
+    assert held(lambda: source.read_rows("a", slice(8, 16))).peak_bytes < 1024 * 256
 
 
 def test_specs_are_in_the_order_of_the_data(tmp_path):
@@ -126,9 +155,43 @@ def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"tensor 'a' ends after 396 of 400 bytes"):
         source.read("a")
+    assert source.read_rows("a", slice(0, 99)).shape == (99,)
+    with pytest.raises(CheckpointError, match=r"tensor 'a' ends after 396 of 400 bytes"):
+        source.read_rows("a", slice(98, 100))
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot read tensor 'a'"):
         source.read("a")
+    with pytest.raises(CheckpointError, match="cannot read tensor 'a'"):
+        source.read_rows("a", slice(0, 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that fails with EIO")
+def test_an_error_of_the_disk_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(100)}, path)
+    source = open_tensors(path)
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(CheckpointError, match=r"x.safetensors: cannot read tensor 'a': .*Input/output error"):
+        source.read_rows("a", slice(0, 1))
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.bin.index.json"])
+def test_a_pickled_source_opens_its_files_anew(tmp_path, name):
+    stored = {"a": torch.arange(100_000.0)}
+    save_file(stored, tmp_path / "x.safetensors")
+    torch.save(stored, tmp_path / "x.bin")
+    (tmp_path / "x.bin.index.json").write_text(json.dumps({"weight_map": {"a": "x.bin"}}))
+    pickled = pickle.dumps(open_tensors(tmp_path / name))
+    assert len(pickled) < 2000
+    again = pickle.loads(pickled)
+    assert again.files[0] == tmp_path / name
+    assert torch.equal(again.read("a"), stored["a"])
+
+
+def test_tensors_in_memory_are_pickled_themselves():
+    source = pickle.loads(pickle.dumps(TensorMapping({"a": torch.ones(3)}, where="here")))
+    assert (source.files, source.shards, source.read("a").tolist()) == ((), {}, [1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -201,6 +264,8 @@ def test_shards_are_read_as_one(tmp_path):
     source = open_tensors(index)
     assert source.files == (index, tmp_path / "1.safetensors", tmp_path / "2.bin")
     assert list(source.specs) == ["b", "c", "a"]
+    assert source.shards == {tmp_path / "1.safetensors": ("b", "c"), tmp_path / "2.bin": ("a",)}
+    assert source.read_rows("a", slice(1, 2)).tolist() == [2.0]
     assert source.read("a").tolist() == [2.0, 2.0, 2.0]
 
 

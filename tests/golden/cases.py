@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, StreamedUpdate, densify
 
 DATA = Path(__file__).parent / "data"
 
@@ -74,15 +74,27 @@ class Golden:
         if f"lora_A.{t}.{module}" in self.tensors:
             a, b = (self.tensors[f"lora_{factor}.{t}.{module}"].to(dtype) for factor in "AB")
             return LowRankUpdate(b, a, header_of(self.case)["scalings"][t])
-        if f"delta.{t}.{module}" in self.tensors:
-            delta = self.tensors[f"delta.{t}.{module}"]
-        else:
-            delta = self.tensors[f"full.{t}.{module}"] - self.tensors[f"base.{module}"]
-        matrix = delta.reshape(delta.shape[0], -1).to(dtype)
+        delta = self._delta(module, t, dtype)
+        matrix = delta.reshape(delta.shape[0], -1)
         return LowRankUpdate(matrix, torch.eye(matrix.shape[1], dtype=dtype))
 
-    def all_updates(self, dtype: torch.dtype = torch.float32) -> dict[str, list[LowRankUpdate]]:
-        return {module: self.updates(module, dtype) for module in self.modules}
+    def dense_updates(self, module: str, dtype: torch.dtype = torch.float32) -> list[StreamedUpdate]:
+        """The inputs of a module as full fine-tunes; a vector as one row."""
+        return [StreamedUpdate.of(torch.atleast_2d(self._delta(module, t, dtype))) for t in range(self.inputs)]
+
+    def _delta(self, module: str, t: int, dtype: torch.dtype) -> Tensor:
+        if f"lora_A.{t}.{module}" in self.tensors:
+            return densify(self._update(module, t, dtype))
+        if f"delta.{t}.{module}" in self.tensors:
+            return self.tensors[f"delta.{t}.{module}"].to(dtype)
+        return self.tensors[f"full.{t}.{module}"].to(dtype) - self.tensors[f"base.{module}"].to(dtype)
+
+    def given(self, module: str, *, dense: bool) -> Sequence[InputUpdate]:
+        """The inputs of a module, either way."""
+        return self.dense_updates(module) if dense else self.updates(module)
+
+    def all_given(self, *, dense: bool) -> dict[str, Sequence[InputUpdate]]:
+        return {module: self.given(module, dense=dense) for module in self.modules}
 
     def expected(self, output: str, kind: str = "expected") -> Tensor:
         return self.tensors[f"{kind}.{self.variant['id']}.{output}"]
@@ -101,6 +113,10 @@ def golden(*patterns: str, where: Callable[[dict[str, Any]], bool] = lambda _: T
         found += [variant for variant in variants if where(variant.parameters)]
     assert found, f"no variant of {patterns} has such parameters"
     return found
+
+
+either_way = pytest.mark.parametrize("dense", [False, True], ids=["factors", "dense"])
+"""Inputs as low-rank updates, and as full fine-tunes."""
 
 
 def by_module(variants: Sequence[Golden]) -> pytest.MarkDecorator:

@@ -5,14 +5,16 @@ Its SLERP, Karcher mean and Linear, and the others without a base, work on whole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import LowRankUpdate, densify
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, StreamedUpdate, densify
 from mergekit_lowrank.spaces import DeltaSpace, SpaceParams
 from mergekit_lowrank.strategies import Karcher, Linear, ModelStock, MultiSlerp, NuSlerp, Slerp, Strategy
 from mergekit_lowrank.testing import merge_updates
-from tests.golden.cases import Golden, by_module, deviation, golden
+from tests.golden.cases import Golden, by_module, deviation, either_way, golden
 
 VARIANTS = golden("mergekit_geometric_*", where=lambda p: p["mergekit_method"] != "sce")
 METHODS = {
@@ -46,23 +48,26 @@ def has_base(reference: Golden) -> bool:
     return reference.parameters["mergekit_method"] == "model_stock" or reference.parameters.get("with_base", False)
 
 
-def inputs(reference: Golden, module: str) -> list[LowRankUpdate]:
+def inputs(reference: Golden, module: str, dense: bool) -> Sequence[InputUpdate]:
     """Whole weights, or their differences to the base; SLERP and NuSLERP have the first two."""
     count = 2 if "slerp" in reference.id and "multi" not in reference.id else reference.inputs
     if has_base(reference):
-        return reference.updates(module)[:count]
+        return reference.given(module, dense=dense)[:count]
     weights = [reference.tensors[f"full.{t}.{module}"] for t in range(count)]
+    if dense:
+        return [StreamedUpdate.of(weight) for weight in weights]
     return [LowRankUpdate(weight, torch.eye(weight.shape[1])) for weight in weights]
 
 
-def merged(reference: Golden, module: str) -> Tensor:
-    updates = inputs(reference, module)
+def merged(reference: Golden, module: str, dense: bool) -> Tensor:
+    updates = inputs(reference, module, dense)
     found = densify(
         merge_updates(strategy(reference), DeltaSpace(SpaceParams()), updates, reference.variant["weights"])
     )
     return found + reference.tensors[f"base.{module}"] if has_base(reference) else found
 
 
+@either_way
 @by_module(VARIANTS)
-def test_interpolations_and_means_give_the_weights_of_mergekit(reference: Golden, module: str) -> None:
-    assert deviation(merged(reference, module), reference.expected(f"merged.{module}")) <= reference.tolerance
+def test_interpolations_and_means_give_the_weights_of_mergekit(reference: Golden, module: str, dense: bool) -> None:
+    assert deviation(merged(reference, module, dense), reference.expected(f"merged.{module}")) <= reference.tolerance

@@ -24,7 +24,7 @@ from mergekit_lowrank.strategies import (
     stages,
 )
 from mergekit_lowrank.testing import merge_updates
-from tests.golden.cases import Golden, by_module, deviation, golden
+from tests.golden.cases import Golden, by_module, deviation, either_way, golden
 
 DELTA = DeltaSpace(SpaceParams())
 ELECTED = {"ties": Ties, "breadcrumbs_ties": BreadcrumbsTies, "dare_ties": DareTies, "della": Della}
@@ -52,17 +52,19 @@ def mergekit_strategy(p: dict[str, Any]) -> Strategy:
     return kind(kind.Params(divisor="weights", zero_sign="positive", disjoint=disjoint, **chosen))
 
 
+@either_way
 @by_module(MERGEKIT)
-def test_the_weights_of_mergekit(reference: Golden, module: str) -> None:
-    updates = reference.updates(module)
+def test_the_weights_of_mergekit(reference: Golden, module: str, dense: bool) -> None:
+    updates = reference.given(module, dense=dense)
     merged = merge_updates(mergekit_strategy(reference.parameters), DELTA, updates, reference.weights)
     found = reference.tensors[f"base.{module}"] + densify(merged) * reference.parameters.get("lambda", 1.0)
     assert deviation(found, reference.expected(f"merged.{module}")) <= reference.tolerance
 
 
+@either_way
 @by_module(RANDOM)
 def test_random_methods_with_given_random_numbers(
-    reference: Golden, module: str, monkeypatch: pytest.MonkeyPatch
+    reference: Golden, module: str, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = torch.stack([reference.tensors[f"uniform.{t}.{module}"] for t in range(reference.inputs)])
     drop = stages.drop_and_rescale
@@ -72,7 +74,7 @@ def test_random_methods_with_given_random_numbers(
         return drop(values, probabilities, given, rescale=rescale)
 
     monkeypatch.setattr("mergekit_lowrank.strategies.sparsify.drop_and_rescale", with_given)
-    updates = reference.updates(module)
+    updates = reference.given(module, dense=dense)
     merged = merge_updates(mergekit_strategy(reference.parameters), DELTA, updates, reference.weights)
     found = reference.tensors[f"base.{module}"] + densify(merged)
     assert deviation(found, reference.expected(f"merged.{module}")) <= reference.tolerance

@@ -6,31 +6,34 @@ from mergekit_lowrank.lowrank import densify
 from mergekit_lowrank.spaces import CoreSpace, DeltaSpace, JointParams, JointSpace, Space, SpaceParams
 from mergekit_lowrank.strategies import Linear, Strategy, Ties
 from mergekit_lowrank.testing import merge_modules, merge_updates
-from tests.golden.cases import Golden, by_module, deviation, golden
+from tests.golden.cases import Golden, by_module, deviation, either_way, golden
 
 MERGEKIT = golden(
     "mergekit_gta_T3", where=lambda p: p["mergekit_method"] in {"ties", "task_arithmetic"} and not p.get("rescale")
 )
 
 
+@either_way
 @by_module(golden("ties_orig_*"))
-def test_model_wide_ties_gives_the_delta_of_the_paper_code(reference: Golden, module: str) -> None:
+def test_model_wide_ties_gives_the_delta_of_the_paper_code(reference: Golden, module: str, dense: bool) -> None:
     p = reference.parameters
     density = p["reset_thresh"] / 100 if p["reset_thresh"] > 1 else p["reset_thresh"]
     params = Ties.Params(density=density, scope="model", disjoint=p["merge_func"].removeprefix("dis-"))
-    merged = merge_modules(Ties(params), DeltaSpace(SpaceParams()), reference.all_updates(), reference.weights)
+    updates = reference.all_given(dense=dense)
+    merged = merge_modules(Ties(params), DeltaSpace(SpaceParams()), updates, reference.weights)
     expected = reference.expected(f"delta.{module}")
     found = densify(merged[module]).reshape(expected.shape) * p["lambda"]
     assert deviation(found, expected) <= reference.tolerance
 
 
+@either_way
 @by_module(golden("knots_*"))
-def test_model_wide_ties_in_joint_space_gives_the_delta_of_knots(reference: Golden, module: str) -> None:
+def test_model_wide_ties_in_joint_space_gives_the_delta_of_knots(reference: Golden, module: str, dense: bool) -> None:
     p = reference.parameters
     direction = "horizontal" if p.get("concat_across_output", True) else "vertical"
     strategy = Ties(Ties.Params(density=p["topK"] / 100, scope="model", disjoint=p["merging_type"]))
     space = JointSpace(JointParams(direction=direction))
-    merged = merge_modules(strategy, space, reference.all_updates(), reference.weights)
+    merged = merge_modules(strategy, space, reference.all_given(dense=dense), reference.weights)
     found = densify(merged[module]) * p["scaling_coeffs"]
     assert deviation(found, reference.expected(f"delta.{module}")) <= reference.tolerance
 
@@ -69,9 +72,10 @@ def mergekit_strategy(reference: Golden) -> Strategy:
     )
 
 
+@either_way
 @by_module(MERGEKIT)
-def test_linear_and_ties_give_the_weights_of_mergekit(reference: Golden, module: str) -> None:
-    updates = reference.updates(module)
+def test_linear_and_ties_give_the_weights_of_mergekit(reference: Golden, module: str, dense: bool) -> None:
+    updates = reference.given(module, dense=dense)
     merged = merge_updates(mergekit_strategy(reference), DeltaSpace(SpaceParams()), updates, reference.weights)
     found = reference.tensors[f"base.{module}"] + densify(merged) * reference.parameters.get("lambda", 1.0)
     assert deviation(found, reference.expected(f"merged.{module}")) <= reference.tolerance

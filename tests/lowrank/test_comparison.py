@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import LowRankUpdate, compare, concatenate, densify
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, StreamedUpdate, compare, concatenate, densify
 from mergekit_lowrank.lowrank import comparison as comparison_module
 from mergekit_lowrank.testing import random_update, random_updates
+from mergekit_lowrank.testing.memory import held
 
 
 def generator() -> torch.Generator:
@@ -93,6 +94,63 @@ def test_very_small_and_very_large_updates_are_measured(
 
 def as_double(update: LowRankUpdate) -> LowRankUpdate:
     return LowRankUpdate(update.b.double(), update.a.double(), update.scaling)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    dense=st.integers(0, 4),
+    merged_is_dense=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_dense_and_mixed_updates_are_measured_as_their_factors_are(
+    ranks: list[int], dense: int, merged_is_dense: bool, dtype: torch.dtype, seed: int
+) -> None:
+    merged, *updates = random_updates(17, 13, [2, *ranks], seed, scalings=[0.5] * (len(ranks) + 1), dtype=dtype)
+    coefficients = [0.5 + t for t in range(len(ranks))]
+    given = [StreamedUpdate.of(densify(u)) if t < dense else u for t, u in enumerate(updates)]
+    found = compare(DenseUpdate(densify(merged)) if merged_is_dense else merged, given, coefficients, generator())
+    expected = compare(as_double(merged), [as_double(u) for u in updates], coefficients, generator())
+    digits = 1e-4 if dtype == torch.float32 else 1e-9
+    assert found.norm == pytest.approx(expected.norm, rel=digits)
+    assert found.norms == pytest.approx(expected.norms, rel=digits)
+    size = expected.norm * max(expected.norms)
+    assert found.overlaps == pytest.approx(expected.overlaps, rel=digits, abs=digits * size)
+    assert found.relative_error == pytest.approx(expected.relative_error, rel=digits)
+    assert not found.is_estimate
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-3])
+def test_a_small_error_of_a_dense_result_keeps_its_digits(noise: float) -> None:
+    first, second, lost = (torch.randn(60, 50, generator=torch.Generator().manual_seed(t)) for t in range(3))
+    total = first.double() - 2 * second.double()
+    merged = DenseUpdate((total + noise * lost).float())
+    found = compare(merged, [StreamedUpdate.of(first), StreamedUpdate.of(second)], [1.0, -2.0], generator())
+    assert found.relative_error == pytest.approx(float((merged.delta - total).norm() / total.norm()), rel=1e-6)
+
+
+def test_the_exact_sum_of_dense_updates_has_no_error_and_a_cancelled_one_no_relative_error() -> None:
+    update = StreamedUpdate.of(torch.randn(30, 20, generator=torch.Generator().manual_seed(0)))
+    merged = DenseUpdate(densify(update) * 2)
+    assert compare(merged, [update, update], [1.0, 1.0], generator()).relative_error == 0.0
+    assert compare(merged, [update, update], [1.0, -1.0], generator()).relative_error is None
+    zero = StreamedUpdate.of(torch.zeros(30, 20))
+    assert compare(merged, [zero], [1.0], generator()).relative_error is None
+
+
+def test_dense_updates_are_compared_in_one_pass() -> None:
+    delta = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(0))
+    read: list[int] = []
+
+    def rows(where: slice) -> torch.Tensor:
+        read.extend(range(where.start, where.stop))
+        return delta[where].clone()
+
+    update = StreamedUpdate((3000, 2000), delta.dtype, delta.device, rows)
+    found = held(lambda: compare(DenseUpdate(delta), [update, update], [1.0, 1.0], generator()))
+    assert read == [i for start in range(0, 3000, 87) for _ in range(2) for i in range(start, min(start + 87, 3000))]
+    assert found.peak_bytes < delta.nbytes
 
 
 def test_above_the_joint_rank_limit_the_error_is_measured_on_random_inputs() -> None:

@@ -7,9 +7,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, densify, distance, inner, inner_products, norm
+from mergekit_lowrank.lowrank import (
+    DenseUpdate,
+    InputUpdate,
+    LowRankUpdate,
+    StreamedUpdate,
+    Update,
+    densify,
+    distance,
+    inner,
+    inner_products,
+    norm,
+    overlaps,
+    overlaps_and_energies,
+)
 from mergekit_lowrank.lowrank import products as products_module
 from mergekit_lowrank.testing import random_update, random_updates
+from mergekit_lowrank.testing.memory import held
 
 
 def dense(update: LowRankUpdate) -> torch.Tensor:
@@ -17,7 +31,12 @@ def dense(update: LowRankUpdate) -> torch.Tensor:
 
 
 def kinds(update: LowRankUpdate) -> list[Update]:
-    return [update, DenseUpdate(dense(update))]
+    return [update, DenseUpdate(dense(update)), StreamedUpdate.of(dense(update) / 2).scaled(2.0)]
+
+
+def mixed(updates: list[LowRankUpdate], first: int) -> list[InputUpdate]:
+    """Those from ``first`` on as they are, the others dense."""
+    return [StreamedUpdate.of(dense(u)) if t < first else u for t, u in enumerate(updates)]
 
 
 def test_inner_of_hand_made_updates() -> None:
@@ -67,11 +86,53 @@ def test_inner_accumulates_float32_factors_in_float64() -> None:
 def test_inner_reads_dense_deltas_in_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = random_updates(10, 7, [2, 3], dtype=torch.float64)
     whole = [inner(DenseUpdate(dense(x)), other) for other in kinds(y)]
-    monkeypatch.setattr(products_module, "ROW_BLOCK", 3)
+    monkeypatch.setattr(products_module, "STREAM_ENTRIES", 21)
     assert [inner(DenseUpdate(dense(x)), other) for other in kinds(y)] == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=["low-rank", "dense"])
+@settings(deadline=None, max_examples=40)
+@given(
+    ranks=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    first=st.integers(0, 4),
+    kind=st.integers(0, 2),
+    limit=st.sampled_from([1, 50, 1 << 19]),
+    seed=st.integers(0, 999),
+)
+def test_products_of_dense_and_mixed_updates_are_those_of_their_factors(
+    ranks: list[int], first: int, kind: int, limit: int, seed: int
+) -> None:
+    one, *updates = random_updates(7, 9, [3, *ranks], seed, scalings=[0.5] * (len(ranks) + 1), dtype=torch.float64)
+    merged, given, coefficients = kinds(one)[kind], mixed(updates, first), [0.5] * len(ranks)
+    total = sum((0.5 * dense(u) for u in updates), torch.zeros(7, 9).double())
+    digits = {"rel": 1e-10, "abs": 1e-10}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(products_module, "STREAM_ENTRIES", limit)
+        expected = inner_products(updates)
+        torch.testing.assert_close(inner_products(given), expected, rtol=1e-10, atol=1e-10)
+        found, energies = overlaps_and_energies(merged, given)
+        assert found == pytest.approx([float((dense(one) * dense(u)).sum()) for u in updates], **digits)
+        assert overlaps(merged, given) == pytest.approx(found, **digits)
+        assert energies == pytest.approx(expected.diagonal().tolist(), **digits)
+        wanted = float((dense(one) - total).norm())
+        assert distance(merged, given, coefficients) == pytest.approx(wanted, **digits)
+
+
+def test_dense_rows_in_float32_are_accumulated_in_float64() -> None:
+    x, y = (torch.randn(300, 200, generator=torch.Generator().manual_seed(t)) for t in range(2))
+    expected = float((x.double() * y.double()).sum())
+    assert inner(StreamedUpdate.of(x), DenseUpdate(y)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("pair", [("dense", "dense"), ("dense", "streamed"), ("streamed", "low")])
+def test_products_of_dense_updates_hold_no_more_than_blocks(pair: tuple[str, str]) -> None:
+    delta = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(0))
+    known = {"dense": DenseUpdate(delta), "streamed": StreamedUpdate.of(delta), "low": random_update(3000, 2000, 4)}
+    x, y = (known[name] for name in pair)
+    inner(x, y)
+    assert held(lambda: inner(x, y)).peak_bytes < 6 * 8 * products_module.STREAM_ENTRIES
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["low-rank", "dense", "streamed"])
 def test_the_norm_of_a_zero_update_is_exactly_zero(kind: int) -> None:
     assert norm(kinds(LowRankUpdate(torch.zeros(4, 2), torch.randn(2, 5)))[kind]) == 0.0
 

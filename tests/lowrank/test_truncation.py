@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +13,21 @@ from mergekit_lowrank.lowrank import (
     DenseUpdate,
     LowRankUpdate,
     Spectrum,
+    StreamedUpdate,
     canonical,
     concatenate,
     densify,
     distance,
     factorise,
     norm,
+    scratch_space,
     spectrum_of,
 )
 from mergekit_lowrank.lowrank import truncation as truncation_module
 from mergekit_lowrank.lowrank.truncation import EXACT_SIDE
 from mergekit_lowrank.strategies import keyed_generator
 from mergekit_lowrank.testing import random_update, random_updates
+from mergekit_lowrank.testing.memory import held
 
 SHAPES = {
     "wide": (7, 20, [2, 3]),
@@ -404,3 +408,25 @@ def test_a_large_dense_update_of_any_magnitude_is_compressed(size: float, monkey
     torch.testing.assert_close(densify(found.cut(3)) / size, delta, rtol=1e-3, atol=1e-3)
     assert found.spectrum.kept(3) == pytest.approx(1, abs=1e-5)
     assert found.spectrum.energy == pytest.approx(float(delta.double().square().sum()) * size * size, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_a_large_dense_update_is_factorised_in_memory_of_its_sides_only(size: float, tmp_path: Path) -> None:
+    factors = random_update(1000, 2500, 20)
+    with scratch_space(tmp_path, 0):
+        update = DenseUpdate(factors.b @ factors.a).scaled(size)
+        factorise(update, 4, generator()).cut(4)  # caches
+        found = held(lambda: factorise(update, 4, generator()).cut(4))
+    memory = factorise(DenseUpdate((factors.b @ factors.a) * size), 4, generator()).cut(4)
+    cut = factorise(update, 4, generator()).cut(4)
+    assert torch.equal(cut.b, memory.b)
+    assert torch.equal(cut.a, memory.a)
+    assert found.peak_bytes < update.delta.nbytes / 4
+
+
+@pytest.mark.parametrize("side", [20, EXACT_SIDE + 32])
+def test_a_streamed_update_is_factorised_as_the_dense_one(side: int) -> None:
+    delta = densify(random_update(side, side + 5, 6))
+    streamed, dense = (factorise(u, 4, generator()).cut(4) for u in (StreamedUpdate.of(delta), DenseUpdate(delta)))
+    assert torch.equal(streamed.b, dense.b)
+    assert torch.equal(streamed.a, dense.a)

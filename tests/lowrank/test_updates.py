@@ -5,7 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, concatenate, converted, densify, padded_stacks
+from mergekit_lowrank.errors import StrategyError
+from mergekit_lowrank.lowrank import (
+    DenseUpdate,
+    LowRankUpdate,
+    StreamedUpdate,
+    are_low_rank,
+    blocks_of_rows,
+    concatenate,
+    converted,
+    densify,
+    low_rank,
+    padded_stacks,
+)
+from mergekit_lowrank.lowrank import updates as updates_module
 from mergekit_lowrank.testing import random_update, random_updates
 
 B = torch.tensor([[1.0], [2.0]])
@@ -41,6 +54,66 @@ def test_scaled_by_one_returns_the_dense_update_itself() -> None:
 
 def test_scaled_multiplies_a_dense_update() -> None:
     assert torch.equal(DenseUpdate(torch.ones(2, 3)).scaled(2.0).delta, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("where", [slice(0, 5), slice(1, 3), slice(4, 5), slice(2, 2)])
+def test_rows_are_those_of_the_delta_for_every_kind(where: slice) -> None:
+    update = random_update(5, 3, 2, scaling=0.5, dtype=torch.float64)
+    delta = densify(update)
+    for same in (update, DenseUpdate(delta), StreamedUpdate.of(delta), StreamedUpdate.of(delta / 4).scaled(4.0)):
+        torch.testing.assert_close(same.rows(where), delta[where])
+        torch.testing.assert_close(densify(same), delta)
+        assert (same.shape, same.dtype, same.device) == ((5, 3), torch.float64, torch.device("cpu"))
+
+
+def test_rows_of_a_streamed_update_are_new_each_time_and_may_be_overwritten() -> None:
+    delta = torch.ones(4, 3)
+    update = StreamedUpdate.of(delta).scaled(3.0)
+    update.rows(slice(0, 2)).zero_()
+    assert torch.equal(update.rows(slice(0, 4)), torch.full((4, 3), 3.0))
+    assert torch.equal(delta, torch.ones(4, 3))
+
+
+def test_nothing_is_read_until_rows_are_asked_for() -> None:
+    update = StreamedUpdate((4, 3), torch.float32, torch.device("cpu"), lambda _: pytest.fail("read"))
+    assert update.scaled(2.0).to("cpu", torch.float64).scaling == 2.0
+
+
+def test_a_streamed_update_gives_its_rows_in_another_type() -> None:
+    update = StreamedUpdate.of(torch.tensor([[0.1], [0.2]])).scaled(3.0).to("cpu", torch.float64)
+    assert update.dtype == torch.float64
+    assert torch.equal(update.rows(slice(0, 2)), torch.tensor([[0.1], [0.2]]).double() * 3.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(0, 50), columns=st.integers(0, 50), entries=st.integers(1, 400))
+def test_blocks_of_rows_cover_all_rows_in_order_within_the_limit(rows: int, columns: int, entries: int) -> None:
+    blocks = blocks_of_rows((rows, columns), entries)
+    assert [i for where in blocks for i in range(where.start, where.stop)] == list(range(rows))
+    assert all(where.stop - where.start == 1 or (where.stop - where.start) * columns <= entries for where in blocks)
+
+
+def test_a_streamed_update_is_copied_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates_module, "READ_ENTRIES", 6)
+    delta = torch.arange(15.0).view(5, 3)
+    assert torch.equal(densify(StreamedUpdate.of(delta)), delta)
+
+
+def test_only_updates_with_factors_are_low_rank() -> None:
+    low = random_updates(5, 3, [2, 1])
+    assert low_rank(low, "knots") is low
+    assert are_low_rank(low)
+    mixed = [low[0], StreamedUpdate.of(torch.ones(5, 3))]
+    assert not are_low_rank(mixed)
+    with pytest.raises(StrategyError, match=r"'knots' works on the factors .* inputs \[1\] are dense"):
+        low_rank(mixed, "knots")
+
+
+def test_mixed_updates_are_converted_each_on_its_own() -> None:
+    low = random_update(5, 3, 2, dtype=torch.float16)
+    found, streamed = converted([low, StreamedUpdate.of(torch.ones(5, 3))], torch.float64)
+    assert (found.dtype, streamed.dtype) == (torch.float64, torch.float64)
+    assert torch.equal(streamed.rows(slice(0, 5)), torch.ones(5, 3).double())
 
 
 def test_transposed_is_the_update_of_the_transposed_delta() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, densify, distance, norm
-from mergekit_lowrank.policies import VLLM_RANKS, BudgetRank, EnergyRank, ErrorRank, FixedRank, snapped
+from mergekit_lowrank.policies import VLLM_RANKS, BudgetRank, EnergyRank, ErrorRank, FixedRank, WholeRank, snapped
 from mergekit_lowrank.strategies import keyed_generator
 from mergekit_lowrank.testing import random_update
 
@@ -168,3 +168,15 @@ def test_a_budget_buys_from_all_of_a_low_rank_update_and_the_depth_of_a_dense_on
     assert BudgetRank(790, 4).to_depth(8).compress(large, generator()).update.rank == 8
     assert BudgetRank(790, 4).to_depth(3) == BudgetRank(790, 4)
     assert BudgetRank(3, 4).compress(DenseUpdate(torch.eye(3)), generator()).update.rank == 3
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_update_that_is_kept_whole_is_the_update_itself(dense: bool) -> None:
+    low = random_update(9, 7, 3, dtype=torch.float64)
+    update = DenseUpdate(densify(low)) if dense else low
+    found = WholeRank().compress(update, torch.Generator())
+    assert found.update is update
+    assert (found.rank, found.kept_energy, found.error) == (None if dense else 3, 1.0, 0.0)
+    assert found.spectrum.energy == pytest.approx(float(densify(low).square().sum()))
+    assert WholeRank().planned is None
+    assert (found.spectrum.rank_for(0.99) is None) == dense

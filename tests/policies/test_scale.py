@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, Update, concatenate, densify, inner, overlaps
+from mergekit_lowrank.lowrank import (
+    DenseUpdate,
+    LowRankUpdate,
+    StreamedUpdate,
+    Update,
+    concatenate,
+    densify,
+    inner,
+    overlaps,
+)
 from mergekit_lowrank.policies import AutoScale, FixedScale, RetentionScale, ScalePolicy, retained
 from mergekit_lowrank.testing import random_update, random_updates
 
@@ -144,3 +153,22 @@ def test_factors_outside_the_plausible_range_are_not_trusted(size: float, falls_
 def test_zero_inputs_keep_the_factor_one_without_a_warning(policy: ScalePolicy) -> None:
     scaling = policy.scaling(unit(0, 0.0), [unit(0, 0.0), unit(1, 0.0)], [1.0, 1.0])
     assert (scaling.factor, scaling.warning) == (1.0, None)
+
+
+@pytest.mark.parametrize("policy", [AutoScale(), RetentionScale(0.5)], ids=["auto", "retention"])
+@pytest.mark.parametrize("dense", [1, 3])
+@pytest.mark.parametrize("merged_is_dense", [False, True])
+def test_dense_inputs_are_scaled_as_their_factors_are(policy: ScalePolicy, dense: int, merged_is_dense: bool) -> None:
+    updates = random_updates(9, 7, [2, 3, 1], dtype=torch.float64)
+    merged = mean(updates, [1.0, 0.5, 2.0])
+    given = [StreamedUpdate.of(densify(u)) if t < dense else u for t, u in enumerate(updates)]
+    expected = policy.scaling(merged, updates, [1.0, 0.5, 2.0])
+    found = policy.scaling(DenseUpdate(densify(merged)) if merged_is_dense else merged, given, [1.0, 0.5, 2.0])
+    assert found.factor == pytest.approx(expected.factor, rel=1e-12)
+    assert found.warning == expected.warning is None
+
+
+def test_dense_zero_inputs_take_no_part_in_auto() -> None:
+    delta = densify(random_update(9, 7, 2))
+    given = [StreamedUpdate.of(delta), StreamedUpdate.of(torch.zeros(9, 7))]
+    assert AutoScale().scaling(DenseUpdate(delta), given, [1.0, 1.0]).factor == pytest.approx(1.0)

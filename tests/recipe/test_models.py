@@ -18,6 +18,7 @@ from mergekit_lowrank.recipe import (
     Budget,
     Energy,
     ErrorBound,
+    Execution,
     Filtered,
     ModelEntry,
     Output,
@@ -44,7 +45,11 @@ def test_defaults() -> None:
     recipe = parse_recipe(minimal())
     assert recipe == Recipe(merge_method="linear", models=(ModelEntry(model="a"),))
     assert (recipe.parameters, recipe.space, recipe.scale, recipe.rules) == ({}, None, 1.0, ())
-    assert recipe.output == Output(rank=None, uniform_rank=True, snap=None, balance=False)
+    assert recipe.output == Output(
+        kind="adapter", rank=None, uniform_rank=True, snap=None, balance=False, shard_size=None
+    )
+    assert recipe.execution == Execution(memory=None, vram=None, device=None, executor=None, workers=None)
+    assert recipe.sweep == {}
     assert recipe.canonical is None
     assert (recipe.dtype, recipe.out_dtype, recipe.missing, recipe.base_model, recipe.seed) == (
         "float32", None, "zero", None, 0,
@@ -96,6 +101,29 @@ def test_a_budget_is_a_number_of_bytes_with_or_without_a_unit(size: object, coun
 @pytest.mark.parametrize(("snap", "expected"), [("vllm", "vllm"), ([8, 16], (8, 16)), ([1], (1,)), (None, None)])
 def test_ranks_snap_to_those_of_vllm_or_a_list(snap: object, expected: object) -> None:
     assert parse_recipe(minimal(output={"snap": snap})).output.snap == expected
+
+
+def test_execution_gives_numbers_of_bytes() -> None:
+    execution = parse_recipe(minimal(execution={"memory": "2GiB", "vram": 4096, "device": "cuda:1"})).execution
+    assert (execution.memory_bytes, execution.vram_bytes, execution.device) == (2 << 30, 4096, "cuda:1")
+    assert (execution.executor, execution.workers) == (None, None)
+    assert Execution().memory_bytes is None
+
+
+def test_a_model_has_files_of_a_size() -> None:
+    output = parse_recipe(minimal(base_model="b", output={"kind": "model", "shard_size": "5GB"})).output
+    assert (output.shard_bytes, output.rank) == (5_000_000_000, None)
+    assert Output().shard_bytes is None
+
+
+@pytest.mark.parametrize("rank", ["max", "sum", 8, {"energy": 0.9}, {"error": 0.1}])
+def test_a_model_may_ask_for_a_rank(rank: object) -> None:
+    assert parse_recipe(minimal(base_model="b", output={"kind": "model", "rank": rank})).output.rank is not None
+
+
+def test_what_says_nothing_may_stand_in_either_kind() -> None:
+    parse_recipe(minimal(base_model="b", output={"kind": "model", "snap": None}))
+    parse_recipe(minimal(output={"kind": "adapter", "shard_size": None}))
 
 
 def test_a_size_that_is_none_is_told_with_its_place() -> None:
@@ -208,7 +236,34 @@ def test_a_budget_in_one_rank_for_all_is_refused_with_its_place() -> None:
         ({"tokenizer": {}}, "unknown key 'tokenizer'; adapters hold no tokenizer"),
         ({"chat_template": "auto"}, "unknown key 'chat_template'; adapters hold no tokenizer"),
         ({"int8_mask": True}, "unknown key 'int8_mask'; leave it out"),
-        ({"out_shard_size": "5B"}, "unknown key 'out_shard_size'; leave it out"),
+        ({"out_shard_size": "5B"}, "unknown key 'out_shard_size'; write 'shard_size' under 'output', beside kind: model"),
+        ({"kind": "model"}, "kind: unknown key 'kind'; write it under 'output'"),
+        ({"shard_size": "5GB"}, "shard_size: unknown key 'shard_size'; write it under 'output'"),
+        ({"memory": "2GiB"}, "memory: unknown key 'memory'; write it under 'execution'"),
+        ({"workers": 2}, "workers: unknown key 'workers'; write it under 'execution'"),
+        ({"output": {"kind": "modle"}}, r"output.kind: expected 'adapter' or 'model' \(did you mean 'model'\?\), found 'modle'"),
+        ({"output": {"kind": "model"}}, "output.kind: the merged update is added to a base model; name its directory under base_model"),
+        ({"output": {"shard_size": "5GB"}}, "output.shard_size: an adapter is one file; leave it out, or write kind: model"),
+        ({"base_model": "b", "output": {"kind": "model", "snap": "vllm"}}, "output.snap: it says how factors are written, and a"),
+        ({"base_model": "b", "output": {"kind": "model", "balance": False}}, "output.balance: it says how factors .*; leave it out"),
+        ({"base_model": "b", "output": {"kind": "model", "uniform_rank": True}}, "output.uniform_rank: it says how factors are"),
+        ({"base_model": "b", "output": {"kind": "model", "rank": {"budget": 9}}}, "output.rank: a budget is for the factors of an"),
+        (
+            {"base_model": "b", "output": {"kind": "model", "shard_size": "5 gigs"}},
+            "output.shard_size: expected an amount of memory with a unit, such as 2GiB, found '5 gigs'",
+        ),
+        ({"execution": []}, r"execution: expected a mapping, found \[\]"),
+        ({"execution": {"memroy": 1}}, r"execution.memroy: unknown key 'memroy'; did you mean 'memory'\?"),
+        ({"execution": {"zzz": 1}}, "unknown key 'zzz'; the keys here are memory, vram, device, executor, workers"),
+        ({"execution": {"memory": "much"}}, "execution.memory: expected an amount of memory with a unit, such as 2GiB, found 'much'"),
+        ({"execution": {"memory": True}}, "execution.memory: expected an amount of memory .*, found true"),
+        ({"execution": {"memory": 0}}, "execution.memory: expected an amount of memory .*, found 0"),
+        ({"execution": {"vram": 1.5}}, "execution.vram: expected an amount of memory .*, found 1.5"),
+        ({"execution": {"device": "gpu"}}, r"execution.device: expected 'auto', 'cpu', 'cuda' \(all GPUs\), 'cuda:N' .*, found 'gpu'"),
+        ({"execution": {"device": "cuda:x"}}, "execution.device: expected 'auto', .*, found 'cuda:x'"),
+        ({"execution": {"executor": ""}}, "execution.executor: expected text that is not empty, found ''"),
+        ({"execution": {"workers": 0}}, "execution.workers: expected a whole number of at least 1, found 0"),
+        ({"execution": {"workers": True}}, "execution.workers: expected a whole number of at least 1, found true"),
         ({"rank": 8}, "unknown key 'rank'; write it under 'output'"),
         ({"lambda": 8}, "unknown key 'lambda'; write 'scale'"),
     ],
@@ -282,11 +337,32 @@ rank = (
 )
 snap = st.just("vllm") | st.lists(st.integers(min_value=1), min_size=1, max_size=3, unique=True).map(sorted)
 form = {"snap": snap, "balance": st.booleans()}
-output = st.fixed_dictionaries(
-    {"rank": rank}, optional={"uniform_rank": st.booleans(), **form}
-) | st.fixed_dictionaries(
-    {"rank": st.builds(dict, budget=st.just("1.5GiB") | st.integers(1, 2**40)), "uniform_rank": st.just(False)},
-    optional=form,
+size = st.just("1.5GiB") | st.integers(1, 2**40)
+output = (
+    st.fixed_dictionaries({"rank": rank}, optional={"uniform_rank": st.booleans(), **form})
+    | st.fixed_dictionaries(
+        {"rank": st.builds(dict, budget=size), "uniform_rank": st.just(False)},
+        optional=form,
+    )
+    | st.fixed_dictionaries({"kind": st.just("model")}, optional={"rank": rank, "shard_size": size})
+)
+execution = st.fixed_dictionaries(
+    {},
+    optional={
+        "memory": size,
+        "vram": size,
+        "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "mps"]),
+        "executor": text,
+        "workers": st.integers(min_value=1),
+    },
+)
+sweep = st.just({}) | st.fixed_dictionaries(
+    {"seed": st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=3, unique=True)},
+    optional={
+        "missing": st.just(["zero", "error"]),
+        "output.rank": st.just([None, 8]),
+        "models[0].parameters.weight": st.just([1.5, [0.5, 1.0], [{"filter": "q", "value": -1}]]),
+    },
 )
 rule = st.fixed_dictionaries(
     {"match": text.map("a{}".format), "rank": rank},
@@ -311,26 +387,36 @@ recipes = st.fixed_dictionaries(
         "rules": st.lists(rule, max_size=2),
         "base_model": text,
         "seed": st.integers(0, 2**63 - 1),
+        "execution": execution,
+        "sweep": sweep,
     },
 )
 
 
 def is_consistent(data: dict[str, Any]) -> bool:
     ranks = [rule["rank"] for rule in data.get("rules", ())]
-    return "budget" not in str(data.get("output")) or not any(isinstance(rank, dict) for rank in ranks)
+    has_budget = "budget" in str(data.get("output"))
+    has_base = "base_model" in data or data.get("output", {}).get("kind") != "model"
+    return (
+        has_base
+        and not (has_budget and any(isinstance(rank, dict) for rank in ranks))
+        and not (has_budget and "uniform_rank" not in data["output"])
+    )
 
 
 @given(recipes.filter(is_consistent))
 def test_written_yaml_parses_to_the_same_recipe(data: dict[str, Any]) -> None:
     recipe = parse_recipe(data)
-    assert parse_recipe(recipe.to_yaml()) == recipe
+    again = parse_recipe(recipe.to_yaml())
+    assert again == recipe
+    assert again.variants() == recipe.variants()
 
 
 def test_written_yaml_holds_the_defaults_in_the_usual_order() -> None:
     recipe = parse_recipe({"models": [{"parameters": {"weight": [0, 1]}, "model": "a"}], "merge_method": "ties"})
     assert recipe.to_yaml() == (
         "merge_method: ties\nmodels:\n- model: a\n  parameters:\n    weight: [0.0, 1.0]\nscale: 1.0\n"
-        "output: {uniform_rank: true, balance: false}\ndtype: float32\nmissing: zero\nseed: 0\n"
+        "output: {kind: adapter, uniform_rank: true, balance: false}\ndtype: float32\nmissing: zero\nseed: 0\n"
     )
 
 

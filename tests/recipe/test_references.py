@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import errors as hub
 
 from mergekit_lowrank.errors import CheckpointError, MergeError, RecipeError
-from mergekit_lowrank.recipe import resolve_model
+from mergekit_lowrank.recipe import resolve_directory, resolve_model
 
 
 def never(**_: Any) -> NoReturn:
@@ -157,3 +157,29 @@ def test_a_timeout_of_the_http_client_is_a_checkpoint_error(tmp_path: Path) -> N
     failure = type("ReadTimeout", (hub.HfHubHTTPError.__bases__[0],), {})
     with pytest.raises(CheckpointError, match="cannot be fetched from the Hugging Face Hub: timed out"):
         resolve_model("org/name", tmp_path, download=Hub(http_error(failure, "timed out")))
+
+
+class TestDirectories:
+    def test_an_existing_one_is_found_from_the_recipe(self, tmp_path: Path) -> None:
+        (tmp_path / "org/base").mkdir(parents=True)
+        assert resolve_directory("org/base", tmp_path) == tmp_path / "org/base"
+        assert resolve_directory(str(tmp_path), Path("/elsewhere")) == tmp_path
+
+    def test_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises(RecipeError, match=r"model\.safetensors is a file; name the directory of the model$"):
+            resolve_directory("model.safetensors", tmp_path)
+
+    def test_a_misspelt_one_is_refused_with_the_nearest(self, tmp_path: Path) -> None:
+        (tmp_path / "llama").mkdir()
+        with pytest.raises(RecipeError, match=r"^'./lama': there is no .*lama \(did you mean 'llama'\?\)$"):
+            resolve_directory("./lama", tmp_path)
+
+    @pytest.mark.parametrize("reference", ["org/base", "hf:org/base", "org/base@main"])
+    def test_the_hub_is_not_asked(self, tmp_path: Path, reference: str) -> None:
+        with pytest.raises(RecipeError) as caught:
+            resolve_directory(reference, tmp_path)
+        assert str(caught.value).endswith(
+            "; a whole model is not fetched for you: run 'hf download org/base --local-dir DIRECTORY' and write that "
+            "directory"
+        )

@@ -152,7 +152,19 @@ def test_any_bytes_give_a_recipe_or_a_merge_error(tmp_path: Path, data: bytes) -
 
 keys = (
     st.sampled_from(
-        ["merge_method", "models", "parameters", "scale", "output", "rules", "match", "rank", "lambda", "weight"]
+        [
+            "merge_method",
+            "models",
+            "parameters",
+            "scale",
+            "output",
+            "rules",
+            "match",
+            "rank",
+            "lambda",
+            "weight",
+            "sweep",
+        ]
     )
     | st.text()
 )

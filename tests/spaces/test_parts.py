@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_lowrank.lowrank import scratch_space
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.spaces import BLOCK_ENTRIES, DeltaSpace, JointParams, JointSpace, Part, SpaceParams
 from mergekit_lowrank.spaces import base as base_module
 from mergekit_lowrank.testing import random_updates
+from mergekit_lowrank.testing.memory import held
 
 
 def stacked(rows: int = 10, columns: int = 7, inputs: int = 3) -> Part:
@@ -119,3 +123,13 @@ def test_magnitudes_leave_the_coordinates_as_they_are() -> None:
 def test_an_empty_part_merges_to_an_empty_matrix() -> None:
     part = Part.stacked("core", torch.zeros(2, 0, 5), [1.0, 1.0])
     assert part.merged(lambda block: block.sum(dim=0)).shape == (0, 5)
+
+
+def test_a_merged_part_lies_in_scratch_space(tmp_path: Path) -> None:
+    part = stacked(300, 200)
+    memory = part.merged(lambda block: block.sum(dim=0))
+    with scratch_space(tmp_path, 0):
+        kept = held(lambda: part.merged(lambda block: block.sum(dim=0))).kept_bytes
+        merged = part.merged(lambda block: block.sum(dim=0))
+    assert torch.equal(merged, memory)
+    assert kept < merged.nbytes / 4

@@ -7,17 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, densify
+from mergekit_lowrank.errors import StrategyError
+from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, StreamedUpdate, densify
 from mergekit_lowrank.spaces import (
     Coordinates,
     CoreSpace,
     DeltaSpace,
     FactorSpace,
+    JointCoordinates,
     JointParams,
     JointSpace,
     ModuleShape,
     Space,
     SpaceParams,
+    TuckerParams,
+    TuckerSpace,
 )
 from mergekit_lowrank.testing import random_update, random_updates
 
@@ -285,3 +289,84 @@ def test_a_zero_update_has_zero_joint_coordinates_wherever_it_stands(place: int,
     for block in part.blocks():
         assert not block[place].any()
         assert all(block[t].any() for t in range(3) if t != place)
+
+
+def dense_of(updates: list[LowRankUpdate]) -> list[InputUpdate]:
+    return [StreamedUpdate.of(densify(u)) for u in updates]
+
+
+def test_delta_and_joint_take_dense_updates() -> None:
+    assert {name for name, space in ALL.items() if space.takes_dense} == {"delta", "joint", "joint vertical"}
+
+
+@pytest.mark.parametrize("space", [CoreSpace(SpaceParams()), FactorSpace(SpaceParams()), TuckerSpace(TuckerParams())])
+def test_the_others_refuse_them_by_name(space: Space) -> None:
+    with pytest.raises(StrategyError, match=f"'{space.name}' works on the factors"):
+        space.encode(dense_of(random_updates(6, 5, [2, 2])), [1.0, 1.0])
+
+
+def test_delta_coordinates_of_mixed_updates_are_their_rows() -> None:
+    low = LowRankUpdate(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0, -1.0]]), 3.0)
+    dense = StreamedUpdate.of(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).scaled(-1.0)
+    part = DeltaSpace(SpaceParams()).encode([low, dense], [1.0, 1.0]).parts[0]
+    assert torch.equal(part.read(slice(1, 2)), torch.tensor([[[6.0, 0.0, -6.0]], [[-4.0, -5.0, -6.0]]]))
+    assert part.is_computed
+
+
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_joint_coordinates_of_dense_updates_are_those_of_their_factors(
+    direction: str, case: tuple[int, int, list[int]]
+) -> None:
+    space = JointSpace(JointParams(direction=direction, rank_tolerance=1e-6))
+    updates = random_updates(*case, dtype=torch.float64)
+    weights = [1.0] * len(updates)
+    low, dense = space.encode(updates, weights), space.encode(dense_of(updates), weights)
+    assert isinstance(low, JointCoordinates)
+    assert isinstance(dense, JointCoordinates)
+    assert low.parts[0].shape == dense.parts[0].shape
+    scale = low.joint.right_norms() + 0.5
+    for mine, own in ((low.parts[0], dense.parts[0]), (low.part(scale), dense.part(scale))):
+        whole = [p.read(slice(0, p.shape[p.axis])) for p in (mine, own)]
+        torch.testing.assert_close(whole[1], whole[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+def test_joint_results_of_dense_updates_are_dense(direction: str) -> None:
+    coordinates = JointSpace(JointParams(direction=direction)).encode(
+        dense_of(random_updates(8, 7, [2, 1])), [1.0, 1.0]
+    )
+    assert isinstance(coordinates.decode([coordinates.parts[0].merged(lambda block: block[0])]), DenseUpdate)
+
+
+@in_all
+def test_other_weights_share_what_does_not_depend_on_them(space: Space) -> None:
+    coordinates = space.encode(random_updates(6, 5, [2, 3]), [1.0, 1.0])
+    other = space.reweighted(coordinates, [2.0, -1.0])
+    (mine, *_), (own, *_) = coordinates.parts, other.parts
+    assert (other.weights, coordinates.weights) == ((2.0, -1.0), (1.0, 1.0))
+    if not isinstance(space, FactorSpace):
+        assert own.read is mine.read
+        assert own.weights == (2.0, -1.0)
+
+
+def test_other_weights_enter_a_joint_part_made_later() -> None:
+    space = JointSpace(JointParams())
+    for updates in (random_updates(6, 5, [2, 3]), dense_of(random_updates(6, 5, [2, 3]))):
+        other = space.reweighted(space.encode(updates, [1.0, 1.0]), [2.0, -1.0])
+        assert isinstance(other, JointCoordinates)
+        assert other.part(other.joint.right_norms()).weights == (2.0, -1.0)
+
+
+def test_a_dense_input_has_no_factors() -> None:
+    shape = ModuleShape(64, 48, (48, 8), dense=1)
+    assert (shape.inputs, shape.joint_rank, shape.factor_entries) == (2, 56, 8 * 112)
+
+
+@pytest.mark.parametrize("space", [space for space in ALL.values() if space.takes_dense])
+def test_of_dense_inputs_only_blocks_and_square_matrices_stay_in_memory(space: Space) -> None:
+    for long in (ModuleShape(2048, 65536, (2048,) * 4, dense=4), ModuleShape(65536, 2048, (2048,) * 4, dense=4)):
+        held = space.working_entries(long) - space.scratch_entries(long)
+        side = long.inputs * 2048 if isinstance(space, JointSpace) else 0
+        assert 0 < held < 9 * side**2 + 12 * (1 << 20)
+        assert space.scratch_entries(long) >= 2 * long.d_out * long.d_in

@@ -83,3 +83,19 @@ def tucker(deltas: Matrix, rank: int, balance: float) -> Matrix:
     u, v = tucker_bases(scaled, rank)
     merged: Matrix = u @ u.T @ deltas.sum(axis=0) @ v @ v.T
     return merged
+
+
+def drm(deltas: Matrix, weights: Sequence[float], density: float) -> Matrix:
+    """DRM-H (arXiv:2505.23117) with the cut, the trim and the disjoint mean of the authors' code."""
+    u, s, vh = np.linalg.svd(np.concatenate(list(deltas), axis=1), full_matrices=False)
+    kept = s > 1e-2 * s.max()
+    tasks = np.array(np.split(vh[kept], len(deltas), axis=1))
+    norms = np.linalg.norm(tasks, axis=2, keepdims=True)
+    unit = tasks / norms
+    rank = unit.size - round(unit.size * density)
+    threshold = np.sort(np.abs(unit), axis=None)[rank - 1] if rank and density < 1 else 0.0
+    parts = np.where(np.abs(unit) >= threshold, unit, 0) * norms * s[kept][None, :, None]
+    agreeing = np.where(np.sign(parts) == np.sign(parts.sum(axis=0)), parts, 0)
+    total = np.einsum("t,tij->ij", np.asarray(weights), agreeing)
+    merged: Matrix = u[:, kept] @ (total / np.maximum(1, (agreeing != 0).sum(axis=0)))
+    return merged

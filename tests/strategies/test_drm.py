@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_lowrank.errors import StrategyError
-from mergekit_lowrank.lowrank import LowRankUpdate, densify
+from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, StreamedUpdate, densify
 from mergekit_lowrank.spaces import DeltaSpace, JointParams, JointSpace, SpaceParams
 from mergekit_lowrank.spaces import base as base_module
 from mergekit_lowrank.strategies import Drm
 from mergekit_lowrank.testing import merge_updates, random_updates
+from mergekit_lowrank.testing.checks import streamed
+from tests.strategies.dense import drm
 from tests.strategies.methods import assert_close
 
 
@@ -22,7 +25,7 @@ def space(direction: str = "horizontal", rank_tolerance: float = 1e-2) -> JointS
 
 
 def merged(
-    updates: list[LowRankUpdate],
+    updates: Sequence[InputUpdate],
     weights: list[float] | None = None,
     direction: str = "horizontal",
     **parameters: Any,
@@ -118,12 +121,32 @@ def test_the_result_has_at_most_the_joint_rank() -> None:
     assert found.rank <= 5
 
 
+@pytest.mark.parametrize("kind", [list, streamed], ids=["factors", "dense"])
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
-def test_blocks_of_any_size_give_equal_values(monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
-    updates = random_updates(11, 7, [2, 3, 1], 3, dtype=torch.float64)
+def test_blocks_of_any_size_give_equal_values(
+    monkeypatch: pytest.MonkeyPatch, direction: str, kind: Callable[[list[LowRankUpdate]], list[InputUpdate]]
+) -> None:
+    updates = kind(random_updates(11, 7, [2, 3, 1], 3, dtype=torch.float64))
     whole = merged(updates, direction=direction, density=0.4)
     monkeypatch.setattr(base_module, "BLOCK_ENTRIES", 12)
     assert_close(merged(updates, direction=direction, density=0.4), whole)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(3, 9)),  # narrower ones tie, but for rounding
+    inputs=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    density=st.floats(0.1, 1.0),
+)
+def test_dense_updates_of_full_rank_merge_as_the_formula_says(
+    shape: tuple[int, int], inputs: int, seed: int, density: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = torch.randn(inputs, *shape, generator=generator, dtype=torch.float64)
+    weights = [0.5 + t for t in range(inputs)]
+    found = merged([StreamedUpdate.of(delta) for delta in deltas], weights, density=density)
+    assert_close(found, torch.from_numpy(drm(deltas.numpy(), weights, density)), 1e-7)
 
 
 def test_drm_refuses_coordinates_of_another_space() -> None:

@@ -5,9 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_lowrank.lowrank import LowRankUpdate, densify
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, StreamedUpdate, densify
 from mergekit_lowrank.registry import Registry
-from mergekit_lowrank.spaces import DeltaSpace, FactorSpace, SpaceParams
+from mergekit_lowrank.spaces import (
+    DeltaSpace,
+    FactorSpace,
+    JointParams,
+    JointSpace,
+    ModuleShape,
+    Space,
+    SpaceParams,
+)
 from mergekit_lowrank.strategies import Linear, MergeContext
 from mergekit_lowrank.testing import merge_updates, random_updates
 
@@ -76,3 +84,24 @@ def test_cat_is_the_plain_sum_at_the_sum_of_the_ranks() -> None:
     cat, plain = (Registry().method(name) for name in ("cat", "task_arithmetic"))
     assert (cat.strategy, cat.parameters, cat.space) == (plain.strategy, plain.parameters, plain.space)
     assert (cat.default_rank, plain.default_rank) == ("sum", "max")
+
+
+@pytest.mark.parametrize("space", [DELTA, JointSpace(JointParams())], ids=["delta", "joint"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dense_inputs_are_added_up_beside_adapters(space: Space, normalize: bool) -> None:
+    x, y = (u.to("cpu", torch.float64) for u in (X, Y))
+    found = merge_updates(linear(normalize=normalize), space, [StreamedUpdate.of(densify(x)), y], [1.0, 3.0])
+    assert isinstance(found, DenseUpdate)
+    torch.testing.assert_close(found.delta, densify(merge_updates(linear(normalize=normalize), DELTA, [x, y], [1, 3])))
+
+
+def test_a_concatenation_reads_no_coordinates_and_leaves_nothing_in_scratch_space() -> None:
+    dense, low = ModuleShape(40, 30, (30, 2), dense=1), ModuleShape(40, 30, (2, 2))
+    assert linear(normalize=True).scratch_entries(low, DELTA) == 0
+    assert linear(normalize=True).scratch_entries(dense, DELTA) == DELTA.scratch_entries(dense) > 0
+
+
+def test_cat_takes_no_dense_inputs() -> None:
+    methods = Registry().methods
+    assert not methods["cat"].takes_dense
+    assert methods["task_arithmetic"].takes_dense

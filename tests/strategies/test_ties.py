@@ -22,6 +22,7 @@ from mergekit_lowrank.spaces import (
 )
 from mergekit_lowrank.spaces import base as base_module
 from mergekit_lowrank.strategies import MergeContext, Ties
+from mergekit_lowrank.strategies.thresholds import ThresholdSurvey
 from mergekit_lowrank.testing import merge_modules, merge_updates, random_updates
 
 DELTA = DeltaSpace(SpaceParams())
@@ -81,6 +82,24 @@ def test_dividing_by_signed_weights_flips_a_negative_weight_back() -> None:
 def test_dividing_by_the_count_leaves_the_weight_in() -> None:
     torch.testing.assert_close(merged(FIRST, weights=[3.0], density=1.0, divisor="count"), 3 * FIRST)
     torch.testing.assert_close(merged(FIRST, weights=[3.0], density=1.0), FIRST)
+
+
+def test_dividing_by_the_inputs_counts_those_that_do_not_agree() -> None:
+    found = merged(FIRST, SECOND, density=0.5, divisor="inputs", weights=[1.0, 3.0])
+    assert found.tolist() == [[2.0, -7.5, -4.5], [3.0, 1.5, 6.0]]
+
+
+def test_without_an_election_all_that_is_kept_is_merged() -> None:
+    found = merged(FIRST, SECOND, density=0.5, elect="none")
+    assert found.tolist() == [[4.0, -5.0, -0.5], [2.0, 3.0, 1.0]]
+    found = merged(FIRST, SECOND, density=0.5, elect="none", disjoint="max")
+    assert found.tolist() == [[4.0, -5.0, -3.0], [2.0, 3.0, 4.0]]
+
+
+def test_without_an_election_a_model_wide_trim_does_not_survey_signs() -> None:
+    survey = ties(scope="model", elect="none").survey()
+    assert isinstance(survey, ThresholdSurvey)
+    assert survey.count_signs is None
 
 
 @pytest.mark.parametrize(("inclusive", "kept"), [(True, 4), (False, 3)])

@@ -42,6 +42,7 @@ class Emr(ElementwiseStrategy):
     Params = EmrParams
     spaces = ("factors",)
     keeps_factors = True
+    takes_dense = False  # nor would its masks be smaller than a fine-tune
     params: EmrParams
 
     @classmethod

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from mergekit_lowrank import Coordinates, LowRankUpdate, MergeContext, ModuleShape, Params, Space, Update
-from mergekit_lowrank.lowrank import concatenate, factorise
+from mergekit_lowrank.lowrank import concatenate, factorise, low_rank
 from mergekit_lowrank_spectral.averages import AveragingStrategy
 
 __all__ = ["Star"]
@@ -40,7 +40,9 @@ class Star(AveragingStrategy):
     def merge(self, coordinates: Coordinates, context: MergeContext) -> Update:
         """The average of the truncated updates."""
         coefficients = self.target_weights(context.weights, context.total_weight)
-        return concatenate([self.truncated(update) for update in coordinates.updates], coefficients)
+        return concatenate(
+            [self.truncated(update) for update in low_rank(coordinates.updates, self.name)], coefficients
+        )
 
     def truncated(self, update: LowRankUpdate) -> LowRankUpdate:
         """The least number of leading directions that reach the share, scaled to the nuclear norm of all of them."""
@@ -58,3 +60,7 @@ class Star(AveragingStrategy):
     def working_entries(self, shape: ModuleShape, space: Space) -> int:
         """The truncated updates, their concatenation, and the bases and core of one; no coordinate is read."""
         return 3 * shape.factor_entries + 8 * max(shape.ranks) ** 2
+
+    def scratch_entries(self, shape: ModuleShape, space: Space) -> int:
+        """None of them."""
+        return 0

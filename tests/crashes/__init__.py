@@ -1,0 +1,1 @@
+"""Merges that are killed: ``python -m tests.crashes``."""
