@@ -81,7 +81,7 @@ class DiskError(OutputError):
 
 
 class InterruptedMergeError(MergeError):
-    """The merge was cut off from outside: a worker died, or the process was told to end. Its work so far is kept."""
+    """The merge was cut off from outside: a worker died. Its work so far is kept."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mergekit_lowrank.engine.devices import Device
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.formats import DTYPES
-from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, Update, canonical, compare
+from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, Update, canonical, compare, scratch_space
 from mergekit_lowrank.policies import Compressed, Scaling, retained
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
@@ -32,10 +33,13 @@ __all__ = [
     "encoding_key",
     "merge_inputs",
     "merge_module",
+    "on_disk",
     "rank_generator",
     "read_updates",
 ]
 
+SCRATCH_ABOVE_BYTES = 1 << 20
+"""Smaller matrices stay in memory: they are less than what is allowed for itself to each worker."""
 ENERGY_SHARE = 0.99
 """The share for which the record names the rank that would keep it."""
 
@@ -178,6 +182,16 @@ class Encodings:
         if self._are_kept:
             self._form, self._updates = form, updates
         return updates
+
+
+def on_disk(directory: Path, scratch_bytes: int) -> AbstractContextManager[None]:
+    """Within it large matrices of a module lie in a file, where the plan counts on that.
+
+    Args:
+        directory: of the file, which has no name in it.
+        scratch_bytes: of the module's plan.
+    """
+    return scratch_space(directory, SCRATCH_ABOVE_BYTES) if scratch_bytes else nullcontext()
 
 
 def _form(plan: Plan) -> tuple[str, str]:

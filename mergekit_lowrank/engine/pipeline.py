@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from mergekit_lowrank.engine.budgeting import buys_ranks, spend_budget, with_ranks
 from mergekit_lowrank.engine.devices import Device
 from mergekit_lowrank.engine.memory import settle_allocator
-from mergekit_lowrank.engine.merging import Encodings, ModuleRecord, encoding_key, merge_module, read_updates
+from mergekit_lowrank.engine.merging import Encodings, ModuleRecord, encoding_key, merge_module, on_disk, read_updates
 from mergekit_lowrank.engine.placement import DevicePool, attempt
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.engine.sinks import Receipt, Sink
@@ -19,13 +20,10 @@ from mergekit_lowrank.engine.surveying import Rounds, run_surveys
 from mergekit_lowrank.engine.units import Unit, batches_of, share_of
 from mergekit_lowrank.events import Event, ModuleMerged
 from mergekit_lowrank.executors import Executor, Job, Work
-from mergekit_lowrank.lowrank import InputUpdate, scratch_space
+from mergekit_lowrank.lowrank import InputUpdate
 from mergekit_lowrank.strategies import Survey
 
 __all__ = ["Destination", "Done", "Outcome", "Shard", "finish", "run_plans"]
-
-SCRATCH_ABOVE_BYTES = 8 << 20
-"""Matrices at least this large lie on disk in a module that is too large for the memory allowed."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,9 @@ class Destination:
         """A module is written."""
 
     @property
-    def scratch(self) -> Path | None:
-        """A directory for matrices that are too large for memory; None where there is none."""
-        return None
+    def scratch(self) -> Path:
+        """A directory for matrices that are too large for memory."""
+        return Path(gettempdir())
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +125,7 @@ class Target:
     plan: Plan
     sink: Sink
     surveys: Mapping[str, Survey]
-    scratch: Path | None
+    scratch: Path
     finished: frozenset[str]
 
 
@@ -191,8 +189,7 @@ class MergeWork(Work[list[InputUpdate] | None, list[tuple[int, Done]]]):
 
 
 def _merged(target: Target, module: ModulePlan, encodings: Encodings) -> Done:
-    disk = target.scratch if module.scratch_bytes else None
-    with nullcontext() if disk is None else scratch_space(disk, SCRATCH_ABOVE_BYTES):
+    with on_disk(target.scratch, module.scratch_bytes):
         merged = merge_module(target.plan, module, encodings, target.surveys.get(module.group.key))
         return Done(target.sink.put(module.name, merged.update, merged.artefacts), merged.record)
 
@@ -230,9 +227,11 @@ def run_plans(
     pool = DevicePool(devices, vram_bytes)
     with ExitStack() as stack:
         opening = [_Opening(plan, destination, stack) for plan, destination in zip(plans, destinations, strict=True)]
-        surveys = run_surveys([own.plan for own in opening], Rounds(plans, executor, pool, tell))
+        surveys = run_surveys(
+            [own.plan for own in opening], Rounds(plans, executor, pool, destinations[0].scratch, tell)
+        )
         targets = [
-            own.target(found, Rounds([own.plan], executor, pool, tell))
+            own.target(found, Rounds([own.plan], executor, pool, destinations[0].scratch, tell))
             for own, found in zip(opening, surveys, strict=True)
         ]
         done: list[dict[str, Done]] = [{d.receipt.module: d for d in own.finished} for own in destinations]

@@ -251,12 +251,13 @@ def _over_memory(modules: Sequence[ModulePlan], memory_bytes: int, overhead: int
     if large:
         worst = max(large, key=lambda module: module.peak_bytes)
         least = format_bytes(worst.peak_bytes + overhead)
+        instead = "the space delta" if worst.shape.dense else "a space without dense deltas (joint, core, factors)"
         disk = f", with {format_bytes(worst.scratch_bytes)} more on disk" if worst.scratch_bytes else ""
         yield MemoryBudgetError(
             f"module '{worst.name}' needs {format_bytes(worst.peak_bytes)} in space '{worst.group.space.name}'{disk}, "
             f"and the merge may hold {format_bytes(memory_bytes)}, of which {format_bytes(overhead)} are for itself "
             f"({len(large)} modules are too large). Allow {least} with --memory, take fewer workers (--workers), or "
-            "choose a space without dense deltas (joint, core, factors)."
+            f"choose {instead}."
         )
 
 
@@ -318,7 +319,10 @@ def _warnings(inputs: Sequence[Checkpoint], modules: Sequence[ModulePlan]) -> It
             labels = ", ".join(f"'{other.label}'" for other in others)
             times = len(others) + 1
             yield f"'{first.label}' is given {times} times (also as {labels}); each counts with its own weight"
+    are_dense = [any(header.is_dense for header in c.modules.values()) for c in inputs]
     for t, checkpoint in enumerate(inputs):
+        if any(are_dense) and not are_dense[t]:
+            continue  # adapters change some matrices, fine-tunes everything
         lacking = [module.name for module in modules if t not in module.participants]
         if lacking:
             named = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mergekit_lowrank.engine.devices import Device
-from mergekit_lowrank.engine.merging import Encodings, blamed, context_of, encoding_key, read_updates
+from mergekit_lowrank.engine.merging import Encodings, blamed, context_of, encoding_key, on_disk, read_updates
 from mergekit_lowrank.engine.placement import DevicePool, attempt
 from mergekit_lowrank.engine.plan import Plan
 from mergekit_lowrank.events import Event, SurveyRound
@@ -35,19 +36,25 @@ class Rounds:
         plans: of the same inputs.
         executor: how modules are scheduled.
         pool: where they are looked at.
+        scratch: a directory for matrices that are too large for memory.
         tell: takes each event.
     """
 
     def __init__(
-        self, plans: Sequence[Plan], executor: Executor, pool: DevicePool, tell: Callable[[Event], None]
+        self,
+        plans: Sequence[Plan],
+        executor: Executor,
+        pool: DevicePool,
+        scratch: Path,
+        tell: Callable[[Event], None],
     ) -> None:
-        self._plans, self._executor, self._pool, self._tell = plans, executor, pool, tell
+        self._plans, self._executor, self._pool, self._scratch, self._tell = plans, executor, pool, scratch, tell
         self._number = 0
 
     def run(self, modules: Sequence[str], measure: Measure[Measurement]) -> Iterator[tuple[str, Measurement]]:
         """One round: each module by name with its measurement, in any order."""
         self._number += 1
-        work = _RoundWork(self._plans, modules, measure, self._pool)
+        work = _RoundWork(self._plans, modules, measure, self._pool, self._scratch)
         jobs = [Job(n, name, max(p.module(name).peak_bytes for p in self._plans)) for n, name in enumerate(modules)]
         memory_bytes = min(plan.modules_bytes for plan in self._plans)
         for n, measurement in self._executor.run(work, jobs, memory_bytes=memory_bytes):
@@ -57,9 +64,14 @@ class Rounds:
 
 class _RoundWork(Work[list[InputUpdate], tuple[int, Measurement]]):
     def __init__(
-        self, plans: Sequence[Plan], modules: Sequence[str], measure: Measure[Measurement], pool: DevicePool
+        self,
+        plans: Sequence[Plan],
+        modules: Sequence[str],
+        measure: Measure[Measurement],
+        pool: DevicePool,
+        scratch: Path,
     ) -> None:
-        self._plans, self._modules, self._measure, self._pool = plans, modules, measure, pool
+        self._plans, self._modules, self._measure, self._pool, self._scratch = plans, modules, measure, pool, scratch
 
     def arrive(self, worker: int, workers: int) -> None:
         self._pool = self._pool.of_worker(worker, workers)
@@ -75,7 +87,9 @@ class _RoundWork(Work[list[InputUpdate], tuple[int, Measurement]]):
         def measure(device: Device) -> Measurement:
             return self._measure(job.name, Encodings(inputs, device, are_kept=len(self._plans) > 1))
 
-        found, _ = attempt(self._pool, measure, need_bytes=job.peak_bytes)
+        scratch_bytes = max(plan.module(job.name).scratch_bytes for plan in self._plans)
+        with on_disk(self._scratch, scratch_bytes):
+            found, _ = attempt(self._pool, measure, need_bytes=job.peak_bytes + scratch_bytes)
         return job.index, found
 
 

@@ -113,6 +113,8 @@ def build_report(
         warnings: beside those of the plan and of modules.
     """
     inputs = tuple(_input_summary(plan, records, t) for t in range(len(plan.inputs)))
+    if plan.folds and plan.recipe.output.rank is not None:  # cut, then added
+        ranks = {record.module: record.rank for record in records if record.rank is not None}
     return Report(
         method=plan.recipe.merge_method,
         inputs=inputs,

@@ -307,7 +307,7 @@ class TestFineTunes:
         assert logits(tmp_path / "out").isfinite().all()
 
     def test_a_budget_that_sends_results_to_disk_changes_no_byte(self, tuned, tmp_path, monkeypatch) -> None:
-        monkeypatch.setattr("mergekit_lowrank.engine.pipeline.SCRATCH_ABOVE_BYTES", 1024)
+        monkeypatch.setattr("mergekit_lowrank.engine.merging.SCRATCH_ABOVE_BYTES", 1024)
         for method in ("ties", "drm"):
             recipe = recipe_of([tuned / "tune1", tuned / "tune2"], tuned / "base", method)
             made = plan(recipe, workers=1)
