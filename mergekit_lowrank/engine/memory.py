@@ -6,13 +6,17 @@ import ctypes
 import heapq
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_lowrank.spaces import BLOCK_ENTRIES, ModuleShape, Space
 from mergekit_lowrank.strategies import Strategy
+
+if TYPE_CHECKING:
+    from mergekit_lowrank.engine.plan import Plan
 
 __all__ = ["Footprint", "default_memory_bytes", "footprint", "format_bytes", "overhead_bytes", "settle_allocator"]
 
@@ -29,11 +33,18 @@ CORE_COPIES = 12
 vectors, and the workspace of LAPACK's divide and conquer, four more."""
 DOUBLE_BYTES = 8
 
+KRYLOV_BLOCKS, KRYLOV_STEP = 18, 16
+"""Of the space that a large dense result is projected on to find its leading directions: noise of 8192 × 8192, the
+flattest of spectra, takes 15 blocks, merged updates 5 to 13. A block has 16 columns more than the rank asked for, or
+up to 31."""
+KRYLOV_CORES = 6
+"""Square matrices in float64 that its decomposition holds at once."""
+
 FINISHING_BLOCKS = 6
 """Blocks of rows in float64 that a pass over dense matrices holds for each of them."""
 
 FIXED_BYTES = 16 << 20
-"""Of any merge: imports at the first use, buffers of hashes and journals, arrays of the library's heap (measured: 4 MiB)."""
+"""Of any merge: imports at the first use, buffers of hashes and journals, free parts of the heap (measured: 4 MiB)."""
 WORKER_BYTES = 4 << 20
 """Of a thread or a process beyond an interpreter: stacks, its part of the heap (measured: 0.2 and 2 MiB)."""
 MODULE_BYTES = 12 << 10
@@ -46,7 +57,7 @@ RECYCLED_BYTES = 24 << 20
 RETURNED_BYTES = 1 << 20
 """Blocks below that are kept even where memory is tight: there are many, and their holes are small."""
 HOLES = 2
-"""What is held over what is in use, where freed memory is kept (measured: 1.3 in merges in ``delta``)."""
+"""What is held over what is in use, where freed memory is kept (measured: 1.3 to 1.9)."""
 READ_AHEAD = 2
 """Modules in flight beyond those being merged."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -81,21 +92,21 @@ def _container_limits() -> Iterator[float]:
             yield int(path.read_text())  # "max" means no limit
 
 
-def settle_allocator(peaks: Iterable[int], workers: int, limit_bytes: int, *, are_dense: bool) -> None:
+def settle_allocator(plans: Sequence[Plan], workers: int) -> None:
     """Let the C library keep freed memory for the next module where there is room for that, else give it back at once.
 
     To keep it is a tenth to a fifth faster, since the system zeroes every page it hands out, but blocks of different
-    sizes leave holes. It does nothing where the library is not glibc.
+    sizes leave holes. Where matrices are merged entry by entry these grow with the matrices, whatever is in use, since
+    what is selected from their blocks lies between them. It does nothing where the library is not glibc.
 
     Args:
-        peaks: what each module holds at most.
+        plans: merges that are made together in this process.
         workers: modules that are merged at once.
-        limit_bytes: what all of them may hold.
-        are_dense: whether matrices are merged entry by entry. What is selected from their blocks lies between these:
-            the holes then grow with the matrices, whatever is in use.
     """
-    in_flight = sum(heapq.nlargest(workers + READ_AHEAD, peaks))
-    if are_dense or HOLES * in_flight > limit_bytes:
+    modules = [module for plan in plans for module in plan.modules]
+    are_dense = any(m.group.strategy.scratch_entries(m.shape, m.group.space) for m in modules)
+    in_flight = sum(heapq.nlargest(workers + READ_AHEAD, (module.peak_bytes for module in modules)))
+    if are_dense or HOLES * in_flight > min(plan.modules_bytes for plan in plans):
         _settle(mapped_bytes=RETURNED_BYTES, kept_bytes=RETURNED_BYTES)
     else:
         _settle(mapped_bytes=RECYCLED_BYTES, kept_bytes=2 * RECYCLED_BYTES)
@@ -161,20 +172,26 @@ def footprint(
         canonical: whether the inputs' factors are replaced by canonical ones.
         balanced: whether the output's are.
     """
-    held = shape.factor_entries + strategy.working_entries(shape, space)
     sides, limit = shape.d_out + shape.d_in, min(shape.d_out, shape.d_in)
+    held, on_disk = shape.factor_entries, strategy.scratch_entries(shape, space)
+    doubles = DOUBLE_BYTES // compute_bytes
+    merging = strategy.working_entries(shape, space) - on_disk
     low_rank = shape.joint_rank - shape.dense * limit
     result_rank = 0 if rank is None and shape.dense else max(rank or 0, min(low_rank, space.merged_rank(shape)))
     # Compression: the result and its thin bases. Diagnostics: [result, inputs], copied by each decomposition.
     block = min(BLOCK_ENTRIES, shape.d_out * shape.d_in)
     finishing = 3 * (low_rank + result_rank) * sides + FINISHING_BLOCKS * block * (shape.dense + 1)
+    finishing += CORE_COPIES * min(result_rank, limit) ** 2 * doubles
+    projecting = 0
+    if on_disk and rank is not None:
+        columns = min(KRYLOV_BLOCKS * KRYLOV_STEP * (-(-rank // KRYLOV_STEP) + 1), limit)
+        projecting = 2 * columns * sides + KRYLOV_CORES * columns**2 * doubles
     # Factors made canonical stand beside the given ones, and beside the bases of one update at a time.
     if canonical:
         held += shape.factor_entries + CANONICAL_COPIES * max(shape.ranks) * sides
     if balanced:
         finishing += CANONICAL_COPIES * result_rank * sides
-    cores = CORE_COPIES * min(result_rank, limit) ** 2 * DOUBLE_BYTES
-    return Footprint(
-        stored_bytes + (held + finishing) * compute_bytes + cores,
-        strategy.scratch_entries(shape, space) * compute_bytes,
-    )
+    # A method with artefacts looks at its coordinates again in the end.
+    stages = (merging, projecting, finishing)
+    most = sum(stages) if strategy.has_artefacts() else max(stages)
+    return Footprint(stored_bytes + (held + on_disk + most) * compute_bytes, on_disk * compute_bytes)

@@ -146,7 +146,7 @@ class MergeWork(Work[list[InputUpdate] | None, list[tuple[int, Done]]]):
 
     def arrive(self, worker: int, workers: int) -> None:
         """Take one of the devices."""
-        _settle_allocator([target.plan for target in self._targets], workers)
+        settle_allocator([target.plan for target in self._targets], workers)
         self._pool = self._pool.of_worker(worker, workers)
 
     @property
@@ -223,7 +223,7 @@ def run_plans(
     Raises:
         MergeError: whatever an input, a strategy or the disk does wrong. Modules in flight are waited for.
     """
-    _settle_allocator(plans, executor.workers)
+    settle_allocator(plans, executor.workers)
     pool = DevicePool(devices, vram_bytes)
     with ExitStack() as stack:
         opening = [_Opening(plan, destination, stack) for plan, destination in zip(plans, destinations, strict=True)]
@@ -242,13 +242,6 @@ def run_plans(
                 tell(ModuleMerged(item.record.module, item.record.rank, item.record.wall_seconds))
         complete = _part if shard is not None else finish
         return [complete(target.plan, target.sink, own) for target, own in zip(targets, done, strict=True)]
-
-
-def _settle_allocator(plans: Sequence[Plan], workers: int) -> None:
-    modules = [module for plan in plans for module in plan.modules]
-    limit = min(plan.modules_bytes for plan in plans)
-    are_dense = any(m.group.strategy.scratch_entries(m.shape, m.group.space) for m in modules)
-    settle_allocator((m.peak_bytes for m in modules), workers, limit, are_dense=are_dense)
 
 
 class _Opening:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mergekit_lowrank.engine.devices import Device
+from mergekit_lowrank.engine.memory import settle_allocator
 from mergekit_lowrank.engine.merging import Encodings, blamed, context_of, encoding_key, on_disk, read_updates
 from mergekit_lowrank.engine.placement import DevicePool, attempt
 from mergekit_lowrank.engine.plan import Plan
@@ -74,6 +75,7 @@ class _RoundWork(Work[list[InputUpdate], tuple[int, Measurement]]):
         self._plans, self._modules, self._measure, self._pool, self._scratch = plans, modules, measure, pool, scratch
 
     def arrive(self, worker: int, workers: int) -> None:
+        settle_allocator(self._plans, workers)
         self._pool = self._pool.of_worker(worker, workers)
 
     @property

@@ -15,7 +15,7 @@ PLAUSIBLE = (0.1, 10.0)
 inputs, or are nearly orthogonal to them, make retention meaningless."""
 AUTO_EXPONENT = -0.4
 """``auto`` keeps N^-0.4 of the inputs: within about half a point of the coefficient tuned on validation data on the
-bundled real tasks, for every method tried there (docs/explanation/scale.md)."""
+bundled real tasks, for every method tried there (docs/explanation/scale-policy.md)."""
 
 
 @dataclass(frozen=True)

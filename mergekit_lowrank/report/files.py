@@ -57,9 +57,18 @@ def write_texts(
     unfinished = {name for name in outputs if name.startswith(f"{WORK_DIRECTORY}{os.sep}")}
     outputs = {name: path for name, path in outputs.items() if name not in {MANIFEST_NAME, TIMINGS_NAME, *unfinished}}
     with writing(directory):
-        manifest = build_manifest(outcome.plan, digests, outputs)
+        manifest = build_manifest(outcome.plan, digests, outputs, _tensors(outcome))
     write_text(directory / MANIFEST_NAME, manifest)
     write_text(directory / TIMINGS_NAME, report.timings())
+
+
+def _tensors(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """Digests of the tensors in each file of a model; nothing of an adapter."""
+    if outcome.plan.fold is None:
+        return {}
+    digests = {key: digest for receipt in outcome.receipts.values() for key, digest in receipt.digests.items()}
+    files = outcome.plan.fold.layout.files
+    return {name: {key: digests[key] for key in header.specs} for name, header in files.items()}
 
 
 def index_of(reports: Mapping[str, Report]) -> str:

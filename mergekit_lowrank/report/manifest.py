@@ -72,16 +72,21 @@ def background_digests(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def build_manifest(plan: Plan, digests: Digests, outputs: Mapping[str, Path]) -> str:
+def build_manifest(
+    plan: Plan, digests: Digests, outputs: Mapping[str, Path], tensors: Mapping[str, Mapping[str, str]]
+) -> str:
     """The manifest as indented JSON.
 
     Args:
         plan: what was merged.
         digests: of the source files; empty under ``--no-hash``.
-        outputs: files of the output by name; they are hashed here, two at a time.
+        outputs: files of the output by name; they are hashed here, two at a time, apart from those in ``tensors``.
+        tensors: of the weights of a model, by file: xxh3_128 of each tensor as it was written. To read whole models
+            again for another hash would take as long as to write them.
     """
+    hashed = {name: path for name, path in outputs.items() if name not in tensors}
     with ThreadPoolExecutor(HASHED_AT_ONCE, "hash") as pool:
-        written = [*pool.map(sha256_of, outputs.values())]
+        written = dict(zip(hashed, pool.map(sha256_of, hashed.values()), strict=True))
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "mergekit_lowrank": __version__,
@@ -101,7 +106,10 @@ def build_manifest(plan: Plan, digests: Digests, outputs: Mapping[str, Path]) ->
         ],
         "base": _base(plan),
         "outputs": [
-            {**_file(path, digest), "name": name} for (name, path), digest in zip(outputs.items(), written, strict=True)
+            {"name": name, "bytes": path.stat().st_size, "xxh3_128": dict(tensors[name])}
+            if name in tensors
+            else {**_file(path, written[name]), "name": name}
+            for name, path in outputs.items()
         ],
     }
     return json.dumps(manifest, indent=1) + "\n"

@@ -228,7 +228,7 @@ def _fold(bench: Bench, job: Job, model: Llama, *, shards: int, peft: bool) -> N
 
 
 def _folded(bench: Bench, recipe: dict[str, Any]) -> Figures:
-    figures = peaks.in_interpreter(recipe, bench.out, memory_bytes=FOLD_BUDGET)
+    figures = peaks.in_interpreter(recipe, bench.out, flushes=True, memory_bytes=FOLD_BUDGET)
     shutil.rmtree(bench.out)
     return figures
 

@@ -1,6 +1,6 @@
 """What one merge holds at most, measured in an interpreter of its own.
 
-    python -m tests.benchmarks.scale.peaks '[RECIPE, OUTPUT, OPTIONS]'
+    python -m tests.benchmarks.scale.peaks '[RECIPE, OUTPUT, OPTIONS, FLUSHES]'
 
 merges once and prints a line of JSON.
 """
@@ -72,17 +72,19 @@ class Watch:
             self.samples += 1
 
 
-def merged(recipe: Mapping[str, Any], output: str, options: Mapping[str, Any]) -> Figures:
-    """Merge here and now, flush the disk, and tell what that took.
+def merged(recipe: Mapping[str, Any], output: str, options: Mapping[str, Any], flushes: bool) -> Figures:
+    """Merge here and now, and tell what that took.
 
-    ``resident_bytes`` is the growth of the largest resident set, the pages of mapped files among it.
+    ``resident_bytes`` is the growth of the largest resident set, the pages of mapped files among it. ``flushes`` says
+    whether the disk is waited for.
     """
     from mergekit_lowrank import api
 
     resident = status_bytes("VmHWM")
     watch, start, cpu = Watch(), time.perf_counter(), time.process_time()
     api.merge(recipe, output, **options)
-    os.sync()
+    if flushes:
+        os.sync()
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     watch.stop()
     return {
@@ -94,7 +96,7 @@ def merged(recipe: Mapping[str, Any], output: str, options: Mapping[str, Any]) -
     }
 
 
-def in_interpreter(recipe: Mapping[str, Any], output: str | Path, **options: Any) -> Figures:
+def in_interpreter(recipe: Mapping[str, Any], output: str | Path, *, flushes: bool = False, **options: Any) -> Figures:
     """The same in an interpreter of its own, whose allocator is as it comes.
 
     Raises:
@@ -102,7 +104,7 @@ def in_interpreter(recipe: Mapping[str, Any], output: str | Path, **options: Any
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.scale.peaks", json.dumps([recipe, str(output), options])],
+        [sys.executable, "-m", "tests.benchmarks.scale.peaks", json.dumps([recipe, str(output), options, flushes])],
         cwd=ROOT,
         env=environment,
         capture_output=True,
