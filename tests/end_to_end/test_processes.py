@@ -1,4 +1,4 @@
-"""What only whole processes show: the same bytes whatever the environment, and memory that does not grow."""
+"""What only whole processes show: the same bytes whatever the environment, and memory that keeps to its budget."""
 
 import hashlib
 import json
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_lowrank import plan
+from mergekit_lowrank import MemoryBudgetError, plan
 from mergekit_lowrank.testing import write_tiny_adapter
+from tests.benchmarks.scale.models import Llama, write_base, write_fine_tune
+from tests.benchmarks.scale.peaks import in_interpreter
+from tests.benchmarks.shapes import write_set
 
 MERGE = """
 import json, sys
@@ -137,3 +140,74 @@ def test_a_merge_holds_no_more_than_its_plan_says(tmp_path, case) -> None:
     held = int(run(MEMORY, (warm, recipe, str(tmp_path / "out")), **RETURNING))
     # A little beside the module: thread stacks, the report, buffers of the numerical libraries.
     assert held < plan(recipe).peak_bytes + 8e6
+
+
+TALL = Llama("tall", layers=1, width=512, keys=128, hidden=1024, words=48_000)
+"""Its embedding takes 94 MiB as a dense update."""
+
+
+def square_adapters(root, count, width, rank):
+    return [
+        write_tiny_adapter(
+            root / f"in{seed}", {f"layers.{n}.q": (width, width) for n in range(4)}, rank=rank, seed=seed
+        )
+        for seed in range(count)
+    ]
+
+
+def dense_results(root):
+    return recipe_of(square_adapters(root, 3, 3072, 8), "ties", space="delta", scale="auto")
+
+
+def fine_tunes(root, method):
+    paths = [write_fine_tune(root / f"tuned{seed}", TALL, seed) for seed in (1, 2)]
+    return recipe_of(paths, method, base_model=str(write_base(root / "base", TALL)), output={"kind": "model"})
+
+
+def a_fold(root):
+    paths = write_set(root, TALL.linear, inputs=2, rank=8)
+    return recipe_of(
+        paths, "linear", base_model=str(write_base(root / "base", TALL, shards=2)), output={"kind": "model"}
+    )
+
+
+TIGHT = {
+    "ties, results on disk": (dense_results, 72, {}),
+    "ties of fine-tunes, results on disk": (lambda root: fine_tunes(root, "ties"), 64, {}),
+    "drm of fine-tunes, results on disk": (lambda root: fine_tunes(root, "drm"), 128, {}),
+    "ties by processes, results on disk": (dense_results, 96, {"executor": "processes", "workers": 2}),
+    "a fold": (a_fold, 64, {}),
+    "many inputs": (lambda root: recipe_of(square_adapters(root, 32, 1024, 8), "drm"), 80, {}),
+    "many workers": (lambda root: recipe_of(square_adapters(root, 4, 2048, 16), "robustmerge"), 96, {"workers": 8}),
+}
+
+
+def written(directory: Path) -> str:
+    paths = sorted(directory.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("case", TIGHT)
+def test_a_merge_keeps_to_its_budget_and_what_lies_on_disk_changes_no_byte(tmp_path, case) -> None:
+    make, mebibytes, options = TIGHT[case]
+    budget, recipe = mebibytes << 20, make(tmp_path)
+    tight = in_interpreter(recipe, tmp_path / "tight", memory_bytes=budget, **options)
+    assert tight["peak_bytes"] <= budget
+    if case.endswith("on disk"):
+        ample = in_interpreter(recipe, tmp_path / "ample", memory_bytes=4 << 30, **options)
+        assert ample["peak_bytes"] > budget
+        assert written(tmp_path / "tight") == written(tmp_path / "ample")
+
+
+def test_what_does_not_fit_even_in_blocks_is_refused_with_the_least_that_does(tmp_path) -> None:
+    recipe = dense_results(tmp_path)
+    with pytest.raises(
+        MemoryBudgetError, match=r"with 72\.0 MiB more on disk.* Allow (.*) MiB with --memory"
+    ) as caught:
+        plan(recipe, memory_bytes=48 << 20)
+    least = float(str(caught.value).split("Allow ")[1].split(" MiB")[0])
+    made = plan(recipe, memory_bytes=int((least + 0.1) * (1 << 20)))
+    assert made.peak_bytes + made.overhead_bytes <= made.memory_bytes
+    assert {module.scratch_bytes for module in made.modules} == {2 * 3072 * 3072 * 4}

@@ -13,7 +13,7 @@ import torch
 
 from tests.benchmarks.measuring import Contender, Figures, in_turn, say, spread
 from tests.benchmarks.scale import folds, peaks, references
-from tests.benchmarks.scale.models import LLAMA_1B, LLAMA_3B, LLAMA_70B, Llama, write_base, write_fine_tune
+from tests.benchmarks.scale.models import LLAMA_1B, LLAMA_3B, LLAMA_70B, LLAMA_500M, Llama, write_base, write_fine_tune
 from tests.benchmarks.shapes import Model, write_set
 from tests.benchmarks.tables import mebibytes, number, seconds, table
 
@@ -237,7 +237,7 @@ def m5(bench: Bench) -> Job:
     """Full fine-tunes by blocks, beside the dense formulas in float64."""
     head = ["", "budget", "peak", "with files", "seconds", "tensors compared", "equal", "worst, in last places"]
     job = Job("M5 Full fine-tunes", head)
-    model = bench.cut(LLAMA_1B)
+    model = bench.cut(LLAMA_500M)
     base = bench.base(model)
     tuned = [write_fine_tune(bench.where / f"{model.name}-tuned-{seed}", model, seed) for seed in (1, 2)]
     for method in references.METHODS:

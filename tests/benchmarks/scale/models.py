@@ -85,6 +85,7 @@ class Llama:
 
 LLAMA_70B = Llama("llama-3.1-70b", layers=80, width=8192, keys=1024, hidden=28672, words=128256)
 LLAMA_3B = Llama("llama-3.2-3b", layers=28, width=3072, keys=1024, hidden=8192, words=128256)
+LLAMA_500M = Llama("llama-0.5b", layers=10, width=2048, keys=512, hidden=5632, words=32000)
 LLAMA_1B = Llama("llama-0.9b", layers=16, width=2048, keys=512, hidden=5632, words=32000)
 
 
