@@ -226,8 +226,10 @@ def _make_parents(target: Path) -> list[Path]:
 
 def _settle(target: Path, replaced: Path) -> None:
     """Undo a replacement that a killed run began; where only the old directory is left to be deleted, do that."""
-    if replaced.exists():
-        shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # the merge that made it may be doing the same
+    elif replaced.exists():
+        replaced.rename(target)
 
 
 def _swap(partial: Path, target: Path, replaced: Path) -> None:
