@@ -226,9 +226,11 @@ def _make_parents(target: Path) -> list[Path]:
 
 def _settle(target: Path, replaced: Path) -> None:
     """Undo a replacement that a killed run began; where only the old directory is left to be deleted, do that."""
+    if not replaced.exists():
+        return
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)  # the merge that made it may be doing the same
-    elif replaced.exists():
+    else:
         replaced.rename(target)
 
 
