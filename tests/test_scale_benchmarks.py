@@ -1,6 +1,6 @@
 """The scale benchmarks' own parts, on models of a few kilobytes."""
 
-from __future__ import annotations
+from __future__ import os
 
 import json
 from collections.abc import Callable
@@ -126,6 +126,7 @@ def test_targets_are_those_of_whole_models() -> None:
 
 @needs_proc
 @pytest.mark.slow
+@pytest.mark.skipif("RUN_BENCHMARKS" not in os.environ, reason="takes minutes; set RUN_BENCHMARKS to run it")
 def test_every_job_runs_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
