@@ -1,8 +1,9 @@
 """The scale benchmarks' own parts, on models of a few kilobytes."""
 
-from __future__ import os
+from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

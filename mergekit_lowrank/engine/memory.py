@@ -95,10 +95,9 @@ def _container_limits() -> Iterator[float]:
 def settle_allocator(plans: Sequence[Plan], workers: int) -> None:
     """Let the C library keep freed memory for the next module where there is room for that, else give it back at once.
 
-    To keep it saves a fifth to a half of the processor time of merges of adapters, since the system zeroes every page it
-    hands out, but blocks of different sizes leave holes. Where matrices are merged entry by entry these grow with the
-    matrices, whatever is in use, since what is selected from their blocks lies between them. It does nothing where the
-    library is not glibc.
+    To keep it saves a fifth to a half of the processor time of merges of adapters: the system zeroes every page that it
+    hands out. But blocks of different sizes leave holes, and where matrices are merged entry by entry these grow with
+    the matrices, since what is selected from their blocks lies between them. Without glibc it does nothing.
 
     Args:
         plans: merges that are made together in this process.
