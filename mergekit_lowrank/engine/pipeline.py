@@ -227,13 +227,12 @@ def run_plans(
     pool = DevicePool(devices, vram_bytes)
     with ExitStack() as stack:
         opening = [_Opening(plan, destination, stack) for plan, destination in zip(plans, destinations, strict=True)]
-        surveys = run_surveys(
-            [own.plan for own in opening], Rounds(plans, executor, pool, destinations[0].scratch, tell)
-        )
-        targets = [
-            own.target(found, Rounds([own.plan], executor, pool, destinations[0].scratch, tell))
-            for own, found in zip(opening, surveys, strict=True)
-        ]
+        rounds = Rounds(plans, executor, pool, destinations[0].scratch, tell)
+        surveys = run_surveys([own.plan for own in opening], rounds)
+        targets = []
+        for own, found in zip(opening, surveys, strict=True):
+            rounds = Rounds([own.plan], executor, pool, destinations[0].scratch, tell, after=rounds.number)
+            targets.append(own.target(found, rounds))
         done: list[dict[str, Done]] = [{d.receipt.module: d for d in own.finished} for own in destinations]
         for number, item in _run(targets, executor, pool, shard):
             destinations[number].accept(item)

@@ -39,6 +39,10 @@ class Rounds:
         pool: where they are looked at.
         scratch: a directory for matrices that are too large for memory.
         tell: takes each event.
+        after: rounds that there have been already.
+
+    Attributes:
+        number: of the last round, from 1.
     """
 
     def __init__(
@@ -48,18 +52,20 @@ class Rounds:
         pool: DevicePool,
         scratch: Path,
         tell: Callable[[Event], None],
+        *,
+        after: int = 0,
     ) -> None:
         self._plans, self._executor, self._pool, self._scratch, self._tell = plans, executor, pool, scratch, tell
-        self._number = 0
+        self.number = after
 
     def run(self, modules: Sequence[str], measure: Measure[Measurement]) -> Iterator[tuple[str, Measurement]]:
         """One round: each module by name with its measurement, in any order."""
-        self._number += 1
+        self.number += 1
         work = _RoundWork(self._plans, modules, measure, self._pool, self._scratch)
         jobs = [Job(n, name, max(p.module(name).peak_bytes for p in self._plans)) for n, name in enumerate(modules)]
         memory_bytes = min(plan.modules_bytes for plan in self._plans)
         for n, measurement in self._executor.run(work, jobs, memory_bytes=memory_bytes):
-            self._tell(SurveyRound(modules[n], self._number, len(modules)))
+            self._tell(SurveyRound(modules[n], self.number, len(modules)))
             yield modules[n], measurement
 
 
