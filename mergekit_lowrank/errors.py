@@ -19,7 +19,7 @@ Anything else that reaches the user is a bug of this package.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = [
     "CheckpointError",
@@ -32,6 +32,7 @@ __all__ = [
     "PluginError",
     "RecipeError",
     "StrategyError",
+    "causes",
     "nearest_name",
     "raise_together",
 ]
@@ -82,6 +83,14 @@ class DiskError(OutputError):
 
 class InterruptedMergeError(MergeError):
     """The merge was cut off from outside: a worker died. Its work so far is kept."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from, in turn: whoever names the place of an error raises another."""
+    raised: BaseException | None = error
+    while raised is not None:
+        yield raised
+        raised = raised.__cause__
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

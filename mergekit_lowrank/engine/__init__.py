@@ -12,10 +12,11 @@ from mergekit_lowrank.engine.planning import build_plan
 from mergekit_lowrank.engine.settings import SettingsResolver
 from mergekit_lowrank.engine.sinks import TENSOR_FILE, MemorySink
 from mergekit_lowrank.engine.spool import ARTEFACT_FILE
-from mergekit_lowrank.engine.unfinished import Unfinished, drop_others, identity_of, keeps, open_sink
+from mergekit_lowrank.engine.unfinished import PACKAGES, Unfinished, drop_others, identity_of, keeps, open_sink
 
 __all__ = [
     "ARTEFACT_FILE",
+    "PACKAGES",
     "TENSOR_FILE",
     "Destination",
     "Device",

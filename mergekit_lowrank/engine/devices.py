@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_lowrank.errors import RecipeError
+from mergekit_lowrank.errors import RecipeError, causes
 from mergekit_lowrank.lowrank import InputUpdate, LowRankUpdate, converted
 
 __all__ = ["CpuDevice", "CudaDevice", "Device", "MpsDevice", "select_devices"]
@@ -75,19 +75,11 @@ class Device:
         return any(
             isinstance(raised, torch.cuda.OutOfMemoryError)  # torch.OutOfMemoryError from torch 2.5 on
             or (isinstance(raised, RuntimeError) and any(sign in str(raised) for sign in OUT_OF_MEMORY))
-            for raised in _causes(error)
+            for raised in causes(error)
         )
 
     def recover(self) -> None:
         """Give back what is kept for later, after an error that is gone."""
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from: whoever names the module in an error raises another."""
-    raised: BaseException | None = error
-    while raised is not None:
-        yield raised
-        raised = raised.__cause__
 
 
 class CpuDevice(Device):

@@ -117,7 +117,10 @@ class _Renamed(Checkpoint):
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-        self.__dict__ |= {name: value for name, value in checkpoint.__dict__.items() if not name.startswith("_")}
+        self.label, self.location, self.files = checkpoint.label, checkpoint.location, checkpoint.files
+        self.base_model, self.revision = checkpoint.base_model, checkpoint.revision
+        self.task_type, self.fan_in_fan_out = checkpoint.task_type, checkpoint.fan_in_fan_out
+        self.config = checkpoint.config
         self._checkpoint, self._names = checkpoint, names
         self.modules = {name: replace(checkpoint.modules[own], name=name) for name, own in names.items()}
 

@@ -20,7 +20,7 @@ from mergekit_lowrank.engine.pipeline import Destination, Done, Shard
 from mergekit_lowrank.engine.plan import Plan
 from mergekit_lowrank.engine.sinks import Sink, adapter_sink
 from mergekit_lowrank.engine.units import batches_of, files_together, share_of
-from mergekit_lowrank.errors import CheckpointError, DiskError, InterruptedMergeError
+from mergekit_lowrank.errors import CheckpointError, DiskError, InterruptedMergeError, causes
 from mergekit_lowrank.formats import WORK_DIRECTORY, Checkpoint, empty_directory, writing
 from mergekit_lowrank.recipe import Execution, Recipe
 from mergekit_lowrank.registry import Registry
@@ -55,7 +55,7 @@ def keeps(directory: Path, error: BaseException) -> str | None:
 def _came_from_outside(error: BaseException) -> bool:
     if not isinstance(error, Exception) or isinstance(error, DiskError | InterruptedMergeError):
         return True
-    return any(_is_transient(cause) for cause in _causes(error))
+    return any(_is_transient(cause) for cause in causes(error))
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -64,13 +64,6 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
     )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
 
 
 def _has_finished(directory: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mergekit_lowrank._version import __version__
-from mergekit_lowrank.engine import Plan
+from mergekit_lowrank.engine import PACKAGES, Plan
 from mergekit_lowrank.errors import CheckpointError
 
 __all__ = ["SCHEMA_VERSION", "Digests", "background_digests", "build_manifest", "sha256_of"]
@@ -21,7 +21,6 @@ __all__ = ["SCHEMA_VERSION", "Digests", "background_digests", "build_manifest", 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
 HASHED_AT_ONCE = 2
-RECORDED_PACKAGES = ("torch", "numpy", "safetensors")
 
 Digests: TypeAlias = Mapping[Path, str]
 
@@ -91,7 +90,7 @@ def build_manifest(
         "schema_version": SCHEMA_VERSION,
         "mergekit_lowrank": __version__,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "machine": platform.machine(),
         "seed": plan.recipe.seed,
         "sources": [

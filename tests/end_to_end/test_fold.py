@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank import CheckpointError, IncompatibleInputsError, MemoryBudgetError, MergeError, OutputError, plan
 from mergekit_lowrank import merge as merge_recipe
+from mergekit_lowrank.events import ModuleMerged, Reporter
 from mergekit_lowrank.formats import open_tensors
 from mergekit_lowrank.testing import write_tiny_adapter
 
@@ -214,6 +215,36 @@ class TestAdapters:
         merge(tmp_path / "out" / "recipe.yaml", tmp_path / "again")
         first, second = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+    def test_adapters_under_two_prefixes_of_one_base_meet(self, tmp_path) -> None:
+        llama(tmp_path / "base", dtype=torch.float64)
+        bare = {name.removeprefix("model."): shape for name, shape in MODULES.items()}
+        write_tiny_adapter(tmp_path / "adapter1", MODULES, rank=2, seed=1, dtype=torch.float64)
+        write_tiny_adapter(tmp_path / "adapter2", bare, rank=2, seed=2, dtype=torch.float64)
+        write_tiny_adapter(tmp_path / "same2", MODULES, rank=2, seed=2, dtype=torch.float64)
+        outputs = []
+        for second in ("adapter2", "same2"):
+            models = [tmp_path / "adapter1", tmp_path / second]
+            merge(recipe_of(models, tmp_path / "base", "linear"), tmp_path / f"with-{second}")
+            outputs.append(tensors_of(tmp_path / f"with-{second}"))
+        assert all(torch.equal(outputs[0][key], outputs[1][key]) for key in outputs[0])
+
+    @pytest.mark.parametrize("shard", [None, (0, 2)])
+    def test_a_base_that_changes_meanwhile_is_an_error(self, world, tmp_path, shard) -> None:
+        shutil.copytree(world / "base", tmp_path / "base")
+
+        class Meddler(Reporter):
+            name, summary = "meddler", "rewrites a file of the base"
+
+            def handle(self, event):
+                if isinstance(event, ModuleMerged):
+                    path = next((tmp_path / "base").glob("model-*.safetensors"))
+                    path.write_bytes(path.read_bytes())
+
+        recipe = recipe_of([world / "adapter1"], tmp_path / "base")
+        with pytest.raises(CheckpointError, match="changed while it was merged"):
+            merge(recipe, tmp_path / "out", reporters=[Meddler()], shard=shard)
+        assert not (tmp_path / "out").exists()
 
 
 class TestRefusals:

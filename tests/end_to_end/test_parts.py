@@ -176,6 +176,18 @@ def test_sources_are_not_hashed_if_the_parts_say_so(tmp_path: Path) -> None:
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_a_whole_merge_does_not_replace_parts_unless_told(tmp_path: Path) -> None:
+    recipe = {"merge_method": "linear", "models": adapters(tmp_path)}
+    merge(recipe, tmp_path / "out", shard=(0, 2))
+    with pytest.raises(OutputError, match=r"holds parts of a merge .* Put them together with finalize, or merge with"):
+        merge(recipe, tmp_path / "out")
+    merge(recipe, tmp_path / "out", shard=(1, 2))
+    finalize(tmp_path / "out")
+    merge(recipe, tmp_path / "other", shard=(0, 2))
+    merge(recipe, tmp_path / "other", resume=False)
+    assert files(tmp_path / "other") == files(tmp_path / "out")
+
+
 def test_a_part_replaces_no_output_before_all_are_there(tmp_path: Path) -> None:
     recipe = of_adapters()(tmp_path)
     merge(recipe, tmp_path / "out")
@@ -273,6 +285,26 @@ class TestWhatCannotBePutTogether:
         merge(recipe, tmp_path / "out", shard=(int(index), 3))
         finalize(tmp_path / "out")
         assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+    @pytest.mark.parametrize("size_bytes", [-5, 3])
+    def test_a_file_of_a_model_of_another_size_stays_as_it_is(self, tmp_path: Path, size_bytes: int) -> None:
+        recipe = fold_of_adapters(tmp_path)
+        for index in range(3):
+            merge(recipe, tmp_path / "out", shard=(index, 3))
+        path = tmp_path / ".out.partial" / "model-00002-of-00003.safetensors"
+        os.truncate(path, path.stat().st_size + size_bytes)
+        before = path.read_bytes()
+        with pytest.raises(OutputError, match=r"model-00002-of-00003.safetensors: is missing, or not of the size"):
+            finalize(tmp_path / "out")
+        assert path.read_bytes() == before
+
+    def test_parts_of_another_version(self, tmp_path: Path, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+        for index in range(2):
+            merge(recipe, tmp_path / "out", shard=(index, 2))
+        monkeypatch.setattr("mergekit_lowrank.engine.parts.__version__", "9.9")
+        with pytest.raises(OutputError, match=r"its parts were made by version .*, and this is 9.9"):
+            finalize(tmp_path / "out")
+        assert (tmp_path / ".out.partial").is_dir()
 
     def test_a_part_of_another_merge(self, tmp_path: Path, recipe) -> None:
         merge(recipe, tmp_path / "out", shard=(0, 2))

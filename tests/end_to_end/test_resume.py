@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank import CheckpointError, DiskError, OutputError, Registry, StrategyError, merge
 from mergekit_lowrank.engine import unfinished as engine_unfinished
-from mergekit_lowrank.engine.journal import read_lines
+from mergekit_lowrank.engine.journal import Journal, read_lines
 from mergekit_lowrank.events import MergeStarted, ModuleMerged, SurveyRound
-from mergekit_lowrank.formats import WORK_DIRECTORY
+from mergekit_lowrank.formats import WORK_DIRECTORY, partial_path
 from mergekit_lowrank.testing import write_tiny_adapter
 from tests.end_to_end.unfinished import (
     MODULES,
@@ -405,6 +405,18 @@ class TestWhatIsGoneOnWith:
         again = followed(recipe, out)
         assert again.merged == len(MODULES)
         assert "it is of another merge (another " in again.notices
+
+    def test_entries_of_another_version_need_not_be_understood(self, recipe, out) -> None:
+        cut_off(recipe, out, 3)
+        path = partial_path(out) / WORK_DIRECTORY / "journal.jsonl"
+        identity, *entries = read_lines(path)
+        path.unlink()
+        journal = Journal(path, identity | {"mergekit_lowrank": "9.9"})
+        for entry in entries:
+            journal.append({"receipt": {"module": "m", "of": "another form"}} if "receipt" in entry else entry)
+        again = followed(recipe, out)
+        assert "another mergekit_lowrank" in again.notices
+        assert again.merged == len(MODULES)
 
     def test_a_plugin_is_part_of_what_is_merged_with_by_its_version(self, recipe, out) -> None:
         emr = pytest.importorskip("mergekit_lowrank_emr")

@@ -1,6 +1,7 @@
 """Many merges of the same inputs at once: each as it is alone, every input read once."""
 
 import json
+import weakref
 
 import pytest
 
@@ -8,6 +9,7 @@ from mergekit_lowrank import MergeError, OutputError, merge, plan, plan_variants
 from mergekit_lowrank.events import Reporter, SurveyRound
 from mergekit_lowrank.formats import PeftCheckpoint
 from mergekit_lowrank.recipe import parse_recipe
+from mergekit_lowrank.spaces import CoreSpace, DeltaSpace, JointSpace
 from tests.end_to_end.makers import MODULES, adapters
 
 WEIGHT = "models[0].parameters.weight"
@@ -94,6 +96,26 @@ def test_decompositions_are_shared(tmp_path, monkeypatch) -> None:
     assert len(calls) == len(MODULES)
 
 
+def test_coordinates_of_one_space_are_held_at_a_time(tmp_path, monkeypatch) -> None:
+    made, living = [], []
+
+    def watched(original):
+        def encode(self, updates, weights):
+            living.append(sum(reference() is not None for reference in made))
+            coordinates = original(self, updates, weights)
+            made.append(weakref.ref(coordinates))
+            return coordinates
+
+        return encode
+
+    for space in (DeltaSpace, JointSpace, CoreSpace):
+        monkeypatch.setattr(space, "encode", watched(space.encode))
+    sweep = {"space": ["delta", "joint", "core"], "parameters.density": [0.2, 0.5]}
+    merge(sweep_of(adapters(tmp_path), "ties", sweep), tmp_path / "out", executor="serial")
+    assert len(made) == 3 * len(MODULES)
+    assert set(living) == {0}
+
+
 def test_an_index_says_what_lies_where(tmp_path) -> None:
     merge(sweep_of(adapters(tmp_path), "ties", {"parameters.density": [0.2, 0.5]}), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -126,3 +148,10 @@ def test_into_memory_there_is_one_adapter(tmp_path) -> None:
     with pytest.raises(MergeError, match="plan_variants"):
         plan(recipe)
     assert list(plan_variants(recipe)) == ["density=0.2", "density=0.5"]
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": -1}, {"memory_bytes": 0}, {"vram_bytes": -5}])
+def test_what_a_merge_may_use_is_at_least_one(tmp_path, options) -> None:
+    ((name, number),) = options.items()
+    with pytest.raises(MergeError, match=f"{name}={number}: expected a whole number of at least 1"):
+        merge({"merge_method": "linear", "models": [{"model": str(p)} for p in adapters(tmp_path)]}, **options)

@@ -273,6 +273,12 @@ class TestTransposed:
         assert model.matrix_shape("h.0.attn.c_attn.weight") == (12, 4)
         assert [name for name in model.modules if model.is_transposed(name)] == ["h.0.attn.c_attn"]
 
+    def test_a_part_of_a_larger_model_may_be_one_of_them(self, tmp_path):
+        tensors = {"decoder.h.0.attn.c_proj.weight": ones(4, 4)}
+        decoder = {"model_type": "gpt2"}
+        model = model_of(tmp_path, tensors, model_type="vision-encoder-decoder", decoder=decoder)
+        assert model.is_transposed("decoder.h.0.attn.c_proj")
+
     def test_other_models_may_use_the_names(self, tmp_path):
         model = model_of(tmp_path, {"h.0.attn.c_attn.weight": ones(12, 4)}, model_type="gpt_bigcode")
         assert not model.fan_in_fan_out
