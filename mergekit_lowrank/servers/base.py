@@ -1,0 +1,121 @@
+"""A server, as far as adapters go, and what it says of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mergekit_lowrank.formats import Checkpoint, ModuleHeader
+from mergekit_lowrank.servers.contents import Contents
+
+__all__ = ["CONVERT", "FOLD", "KEEP", "MERGE", "Server", "Verdict", "misapplied", "verdict"]
+
+FOLD = "Fold it into the base model (output: {kind: model}) and serve that."
+MERGE = "Write it anew: mergekit-lowrank merge --method linear ADAPTER -o OUT puts all scaling into the factors."
+CONVERT = "Convert it: mergekit-lowrank convert ADAPTER OUT --format {format}."
+
+KEEP = "That is right unless tokens were added to the vocabulary. Then fold it (output: {kind: model})."
+
+_SHOWN = 3
+_TOLERANCE = 1e-6  # of a scaling: alphas are stored as float32 in some dialects
+_DIALECTS = {
+    "peft": "a PEFT directory",
+    "gguf": "a GGUF file",
+    "kohya": "a file in kohya's names",
+    "diffusers": "a file in diffusers' names",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One thing that a server does with an adapter.
+
+    Attributes:
+        is_fatal: whether something is refused, dropped or applied wrongly; else it is a remark.
+        what: what would happen.
+        advice: what to do.
+    """
+
+    is_fatal: bool
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.advice}"
+
+
+class Server(ABC):
+    """One server, by the rules of one release.
+
+    Class attributes:
+        name: as ``output.target`` calls it.
+        version: the release whose code the rules were taken from.
+        format: the writer of what it loads.
+        reads: the dialects that it loads as they are.
+        accepted_ranks: the ranks that it can be started with, ascending; empty where it takes any.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    format: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    accepted_ranks: ClassVar[tuple[int, ...]] = ()
+
+    def judge(self, checkpoint: Checkpoint, *, dialect: str | None = None) -> list[Verdict]:
+        """All that it refuses, drops or misapplies, from headers alone.
+
+        Args:
+            checkpoint: an adapter, opened.
+            dialect: the writer that is going to write it (``peft``, ``gguf``, …); left out, the adapter is judged as
+                it lies.
+        """
+        contents = Contents.of(checkpoint, dialect)
+        return [*self._judge_dialect(contents), *self._judge(contents)]
+
+    @abstractmethod
+    def _judge(self, contents: Contents) -> Iterator[Verdict]:
+        """What it does with the modules, their scaling and all that lies beside them."""
+
+    def _judge_dialect(self, contents: Contents) -> Iterator[Verdict]:
+        if contents.dialect == "model":
+            advice = "Serve it as a model, or make an adapter of it: mergekit-lowrank extract."
+            yield Verdict(True, "it is a whole model and no adapter", advice)
+        elif contents.dialect not in self.reads:
+            own = " or ".join(_DIALECTS[name] for name in self.reads)
+            other = _DIALECTS.get(contents.dialect, f"of the format '{contents.dialect}'")
+            yield Verdict(True, f"{self.name} loads {own}; this is {other}", CONVERT.format(format=self.format))
+
+
+def verdict(names: Iterable[str], what: str, advice: str, *, is_fatal: bool = True) -> Iterator[Verdict]:
+    """One verdict on all modules or tensors of a kind; none where there are none."""
+    listed = list(names)
+    if listed:
+        more = len(listed) - _SHOWN
+        shown = ", ".join(f"'{name}'" for name in listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        yield Verdict(is_fatal, f"{what}: {shown}", advice)
+
+
+def misapplied(
+    contents: Contents, used: Callable[[ModuleHeader], float], how: str, advice: str, *, is_fatal: bool = True
+) -> Iterator[Verdict]:
+    """One verdict on the modules whose scaling a server takes for another one, and by which factor.
+
+    Args:
+        contents: of the adapter.
+        used: the scaling that the server computes.
+        how: in which way it does.
+        advice: what to do.
+        is_fatal: whether this server does it, or only others like it.
+    """
+    factors = {
+        header.name: used(header) / header.scaling if header.scaling else float("inf")
+        for header in contents.factored
+        if abs(used(header) - header.scaling) > _TOLERANCE * abs(header.scaling)
+    }
+    if factors:
+        low, high = f"{min(factors.values()):.3g}", f"{max(factors.values()):.3g}"
+        by = low if low == high else f"{low} to {high}"
+        what = f"{how}, so {len(factors)} of {len(contents.factored)} updates would be applied {by} times as strong"
+        yield from verdict(factors, what, advice, is_fatal=is_fatal)
