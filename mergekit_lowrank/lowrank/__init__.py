@@ -21,6 +21,7 @@ from mergekit_lowrank.lowrank.products import (
 )
 from mergekit_lowrank.lowrank.scratch import empty, scratch_space
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitudes, order_statistics
+from mergekit_lowrank.lowrank.structured import hadamard, kronecker, tucker
 from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
 from mergekit_lowrank.lowrank.updates import (
     DenseUpdate,
@@ -61,10 +62,12 @@ __all__ = [
     "empty",
     "factorise",
     "fix_signs",
+    "hadamard",
     "in_double",
     "inner",
     "inner_products",
     "joint_decomposition",
+    "kronecker",
     "kth_magnitudes",
     "left_singular_basis",
     "low_rank",
@@ -77,4 +80,5 @@ __all__ = [
     "scratch_space",
     "spectrum_of",
     "svd",
+    "tucker",
 ]
