@@ -355,6 +355,36 @@ def executors() -> str:
     return table(("executor", "what it does"), ((f"`{n}`", e.summary) for n, e in Registry().executors.items()))
 
 
+def formats() -> str:
+    """Every format that is read or written, by whom and what it is."""
+    known = registry()
+    names = [name for name in ("peft", "model", *sorted({*known.formats, *known.writers})) if name in known.formats]
+    names += [name for name in sorted(known.writers) if name not in known.formats]
+    return table(
+        ("format", "read", "written", "what it is", "from"),
+        (
+            (
+                f"`{name}`",
+                YES[name in known.formats],
+                YES[name in known.writers],
+                (known.formats.get(name) or known.writers[name]).summary,
+                f"`{known.owner('formats' if name in known.formats else 'writers', name)}`",
+            )
+            for name in dict.fromkeys(names)
+        ),
+    )
+
+
+def variants() -> str:
+    """What becomes of one example of each kind of checkpoint: made, merged, converted and compared here and now."""
+    sys.path.insert(0, str(DOCS.parent))
+    try:
+        examples = importlib.import_module("tests.docs.variants")
+    finally:
+        sys.path.remove(str(DOCS.parent))
+    return table(examples.COLUMNS, examples.table_rows(registry()))
+
+
 def report_fields(part: str) -> str:
     """The fields of one part of report.json."""
     model = REPORT_PARTS[part]
@@ -498,6 +528,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "errors": errors,
     "executors": executors,
+    "formats": formats,
     "method-parameters": method_parameters,
     "method-properties": method_properties,
     "methods": methods,
@@ -512,6 +543,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "space-parameters": space_parameters,
     "spaces": spaces,
     "strategy-pages": strategy_pages,
+    "variants": variants,
 }
 
 if __name__ == "__main__":

@@ -65,6 +65,33 @@ def recipe_options(command: Decorated) -> Decorated:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def rank_options(command: Decorated) -> Decorated:
+    """How an adapter is cut, and what that may hold."""
+    decorators = (
+        click.option(
+            "--rank",
+            required=True,
+            metavar="RANK",
+            help="A number, or energy:0.99, error:0.05 or budget:80MB (ranks of their own).",
+        ),
+        click.option(
+            "--uniform-rank/--own-ranks",
+            default=True,
+            show_default=True,
+            help="Pad every module to one rank, as servers need it, or give each its own.",
+        ),
+        click.option(
+            "--memory", "memory", metavar="SIZE", help="What it may hold, as in 2GiB. [a quarter of the machine]"
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace what a merge has left at OUT."),
+        json_option,
+        verbosity_options,
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 @click.group(
     epilog=example(
         "mergekit-lowrank init adapters/math adapters/code > recipe.yaml", "mergekit-lowrank merge recipe.yaml merged/"
@@ -112,6 +139,11 @@ def main(ctx: click.Context) -> None:
     "--device", metavar="NAME", help="auto, cpu, cuda (all GPUs), cuda:1, ... or mps. [the recipe's; else auto]"
 )
 @click.option("--no-hash", is_flag=True, help="Leave the checksums of the inputs out of the manifest.")
+@click.option(
+    "--push",
+    metavar="ORG/NAME",
+    help="Upload OUT to the Hugging Face Hub, once it is complete; what is made there is private.",
+)
 @verbosity_options
 @click.pass_obj
 def merge(
@@ -184,10 +216,80 @@ def init(models: tuple[str, ...], method: str) -> None:
 @json_option
 @verbosity_options
 def inspect(adapter: str, as_json: bool) -> None:
-    """Show what an adapter holds. Modules, ranks, scaling, and the size of its update."""
+    """Show what a checkpoint holds. Modules, ranks, scaling, the size of its update, and what a merge does with it.
+
+    Stable rank is the squared norm over the squared largest singular value; effective rank is e to the entropy of the
+    singular values. Both are at most the rank, and far below it where a few directions hold the update.
+    """
     from mergekit_lowrank.cli.inspecting import run_inspect
 
     run_inspect(adapter, as_json=as_json)
+
+
+@main.command(epilog=example("mergekit-lowrank convert adapters/math math-kohya/ --format kohya"))
+@click.argument("adapter")
+@click.argument("output", metavar="OUT")
+@click.option(
+    "--format",
+    "format_name",
+    required=True,
+    metavar="NAME",
+    help="peft, gguf, or what a plugin writes, such as kohya or diffusers.",
+)
+@click.option("--base", metavar="DIR", help="The base model, whose config.json gguf needs. [what the adapter names]")
+@click.option("--overwrite", is_flag=True, help="Replace what a conversion or a merge has left at OUT.")
+@json_option
+@verbosity_options
+@click.pass_obj
+def convert(verbosity: Verbosity, /, adapter: str, output: str, **settings: Any) -> None:
+    """Write an adapter in another dialect. The result is read again and compared, bit for bit."""
+    from mergekit_lowrank.cli.transforming import run_convert
+
+    run_convert(adapter, Path(output), quiet=verbosity.quiet, **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank resize adapters/math math-8/ --rank 8"))
+@click.argument("adapter")
+@click.argument("output", metavar="OUT")
+@click.option("--base", metavar="DIR", help="The base model, where the adapter needs it (DoRA).")
+@rank_options
+@click.pass_obj
+def resize(verbosity: Verbosity, /, adapter: str, output: str, **settings: Any) -> None:
+    """Cut an adapter to another rank. Exact: the best approximation, with the error of each module."""
+    from mergekit_lowrank.cli.transforming import run_resize
+
+    run_resize(adapter, Path(output), quiet=verbosity.quiet, **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank extract tuned/ tuned-lora/ --base base/ --rank energy:0.9"))
+@click.argument("finetuned")
+@click.argument("output", metavar="OUT")
+@click.option("--base", required=True, metavar="DIR", help="The model that it was tuned from.")
+@click.option(
+    "--extras",
+    metavar="POLICY",
+    help="Of changed norms, biases and other vectors: error, delta or average (saved whole), or base_model (left "
+    "out). [error]",
+)
+@rank_options
+@click.pass_obj
+def extract(verbosity: Verbosity, /, finetuned: str, output: str, **settings: Any) -> None:
+    """Make an adapter of a full fine-tune. What it changed in its base, cut to a rank; neither has to fit in memory."""
+    from mergekit_lowrank.cli.transforming import run_extract
+
+    run_extract(finetuned, Path(output), quiet=verbosity.quiet, **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank check merged/ --target vllm"))
+@click.argument("adapter")
+@click.option("--target", metavar="SERVER", help="vllm, sglang, llama.cpp, diffusers or comfyui. [all, a line each]")
+@json_option
+@verbosity_options
+def check(adapter: str, target: str | None, as_json: bool) -> None:
+    """Show what a server would refuse, drop or misapply. With --target, exit status 2 if there is anything."""
+    from mergekit_lowrank.cli.checking import run_check
+
+    run_check(adapter, target, as_json=as_json)
 
 
 @main.command(epilog=example("mergekit-lowrank strategies ties"))

@@ -20,9 +20,9 @@ from mergekit_lowrank.cli.tables import aligned
 from mergekit_lowrank.engine import format_bytes
 from mergekit_lowrank.formats import partial_path
 from mergekit_lowrank.recipe import bytes_of
-from mergekit_lowrank.report import Report, closing_lines
+from mergekit_lowrank.report import Report, closing_lines, pushing
 
-__all__ = ["run_finalize", "run_merge"]
+__all__ = ["run_finalize", "run_merge", "stoppable"]
 
 COLUMNS = ("variant", "method", "modules", "rank", "size", "norm", "cut error")
 
@@ -40,11 +40,14 @@ def run_merge(
     resume: bool,
     shard: tuple[int, int] | None,
     hash_sources: bool,
+    push: str | None,
     strict: bool,
     quiet: bool,
 ) -> None:
     """Merge, and print what was merged, what was kept and how to load it; of a quiet merge the warnings only."""
-    with _stoppable(output):
+    if push is not None:
+        _check_push(push, output, shard)
+    with stoppable(output):
         made = merge(
             request.load(),
             output,
@@ -61,11 +64,29 @@ def run_merge(
             reporters=[] if quiet else [ProgressBar()],
         )
     _tell(made, output, shard=shard, quiet=quiet)
+    if push is not None:
+        _push(output, push, quiet=quiet)
+
+
+def _check_push(repository: str, output: Path, shard: tuple[int, int] | None) -> None:
+    if shard is not None:
+        again = shlex.join(["hf", "upload", repository, str(output), ".", "--private"])
+        raise click.UsageError(f"--push goes with a whole merge, not with a part; after finalize, run: {again}")
+    pushing.check_push(repository)
+
+
+def _push(output: Path, repository: str, *, quiet: bool) -> None:
+    try:
+        url = pushing.push(output, repository)
+    except KeyboardInterrupt as error:
+        raise Stopped(INTERRUPTED, f"interrupted: {output} is complete, but was not pushed") from error
+    if not quiet:
+        click.echo(f"  pushed       {url}")
 
 
 def run_finalize(output: Path, *, overwrite: bool, quiet: bool) -> None:
     """Put the parts of a merge together, and print what ``run_merge`` prints of a whole one."""
-    with _stoppable(output):
+    with stoppable(output):
         made = finalize(output, overwrite=overwrite)
     _tell(made, output, quiet=quiet)
 
@@ -119,7 +140,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _stoppable(output: Path) -> Iterator[None]:
+def stoppable(output: Path) -> Iterator[None]:
     """Within it SIGTERM ends the command as Ctrl-C does. Either then says whether the work so far is kept."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

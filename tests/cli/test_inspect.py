@@ -1,28 +1,48 @@
 from __future__ import annotations
 
 import json
+import math as mathematics
 
 import pytest
 import torch
 
-from .builders import MODULES, run, succeeds, tensors, write_adapter
+from .builders import MODULES, run, succeeds, tensors, write_adapter, write_model
+
+
+def delta(made, module):
+    a, b = (made[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+    return (2 * b @ a).double()
 
 
 def delta_norm(made, module):
-    a, b = (made[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
-    return float(torch.linalg.norm(2 * b @ a))
+    return float(torch.linalg.norm(delta(made, module)))
+
+
+def with_more(directory, more, **settings):
+    return write_adapter(directory, {**tensors(), **{f"base_model.model.{k}": t for k, t in more.items()}}, **settings)
+
+
+def embedding_factors(module, vocab=7, dim=5, rank=2):
+    generator = torch.Generator().manual_seed(3)
+    return {
+        f"{module}.lora_embedding_A": torch.randn(rank, vocab, generator=generator),
+        f"{module}.lora_embedding_B": torch.randn(dim, rank, generator=generator),
+    }
 
 
 def test_inspect_groups_modules_by_kind(math):
     printed = succeeds("inspect", "math")
     assert "base model   org/base" in printed
-    assert "modules      4, rank 2, scaling 2" in printed
+    assert "modules      4 matrices" in printed
+    assert "rank         2\n" in printed
+    assert "scaling      2 (alpha / r, alpha 4)" in printed
     assert "beside LoRA  nothing" in printed
+    assert "in a merge   4 modules are merged as factors, without the base model" in printed
     rows = [line.split() for line in printed.splitlines() if "_proj" in line]
     made = tensors(seed=1)
     expected = [delta_norm(made, name) for name in MODULES if "q_proj" in name]
-    assert rows[0][:8] == ["q_proj", "2", "6", "x", "5", "2", "2", "float32"]
-    assert float(rows[0][8]) == pytest.approx(sum(n * n for n in expected) ** 0.5, rel=1e-3)
+    assert rows[0][:9] == ["q_proj", "matrix", "2", "6", "x", "5", "2", "2", "float32"]
+    assert float(rows[0][9]) == pytest.approx(sum(n * n for n in expected) ** 0.5, rel=1e-3)
     assert len(rows) == 2
 
 
@@ -31,19 +51,124 @@ def test_inspect_json_lists_each_module(math):
     assert [module["module"] for module in made["modules"]] == list(MODULES)
     assert made["modules"][0]["norm"] == pytest.approx(delta_norm(tensors(seed=1), MODULES[0]), rel=1e-5)
     assert (made["base_model"], made["format"], made["stored_bytes"]) == ("org/base", "peft", 352)
+    assert (made["scaling_rule"], made["needs_base"], made["extras"]) == ("alpha / r, alpha 4", None, [])
 
 
-def test_inspect_shows_ranges(tmp_path):
+def test_stable_and_effective_ranks_are_those_of_the_singular_values(math):
+    made = json.loads(succeeds("inspect", "math", "--json"))["modules"][0]
+    values = torch.linalg.svdvals(delta(tensors(seed=1), MODULES[0]))[:2]
+    shares = values / values.sum()
+    assert made["stable_rank"] == pytest.approx(float((values / values[0]).square().sum()), rel=1e-6)
+    assert made["effective_rank"] == pytest.approx(mathematics.exp(-float((shares * shares.log()).sum())), rel=1e-6)
+
+
+def test_two_equal_directions_have_rank_two_by_every_measure(tmp_path):
+    made = tensors(MODULES[:1])
+    made[f"base_model.model.{MODULES[0]}.lora_A.weight"] = torch.eye(2, 5)
+    made[f"base_model.model.{MODULES[0]}.lora_B.weight"] = torch.eye(6, 2)
+    write_adapter(tmp_path / "even", made)
+    (module,) = json.loads(succeeds("inspect", "even", "--json"))["modules"]
+    assert (module["stable_rank"], module["effective_rank"]) == (pytest.approx(2), pytest.approx(2))
+
+
+def test_a_zero_update_has_rank_zero(tmp_path):
+    made = {key: torch.zeros_like(tensor) if "lora_B" in key else tensor for key, tensor in tensors().items()}
+    write_adapter(tmp_path / "zero", made)
+    modules = json.loads(succeeds("inspect", "zero", "--json"))["modules"]
+    assert {(m["norm"], m["stable_rank"], m["effective_rank"]) for m in modules} == {(0.0, 0.0, 0.0)}
+
+
+def test_inspect_shows_ranges_and_the_rule_of_the_scaling(tmp_path):
     made = tensors(MODULES[:2]) | tensors(MODULES[2:], rank=4)
     write_adapter(tmp_path / "mixed", made, rank_pattern={"layers.1.q_proj": 4, "layers.1.v_proj": 4})
-    assert "modules      4, rank 2 to 4, scaling 1 to 2" in succeeds("inspect", "mixed")
+    printed = succeeds("inspect", "mixed")
+    assert "rank         2 to 4" in printed
+    assert "scaling      1 to 2 (alpha / r, alpha 4, rank_pattern with 2 keys)" in printed
 
 
-def test_inspect_names_what_there_is_besides_lora(tmp_path):
-    write_adapter(tmp_path / "more", {**tensors(), "base_model.model.classifier.weight": torch.ones(2, 2)})
+def test_inspect_says_rslora(tmp_path):
+    write_adapter(tmp_path / "stable", use_rslora=True)
+    assert "scaling      2.82843 (alpha / sqrt(r) (rsLoRA), alpha 4)" in succeeds("inspect", "stable")
+
+
+def test_inspect_tells_embeddings_and_convolutions_from_matrices(tmp_path):
+    convolution = {"conv.lora_A.weight": torch.ones(2, 3, 3, 3), "conv.lora_B.weight": torch.ones(4, 2, 1, 1)}
+    with_more(tmp_path / "mixed", {**embedding_factors("embed_tokens"), **convolution})
+    assert "4 matrices" in succeeds("inspect", "mixed")
+    made = json.loads(succeeds("inspect", "mixed", "--json"))["modules"]
+    assert {m["module"]: (m["kind"], m["d_out"], m["d_in"]) for m in made if m["module"] not in MODULES} == {
+        "embed_tokens": ("embedding", 7, 5),
+        "conv": ("convolution", 4, 27),
+    }
+
+
+def test_inspect_lists_what_there_is_beside_lora(tmp_path):
+    more = {"lm_head.weight": torch.ones(7, 5), "layers.0.q_proj.base_layer.bias": torch.ones(6)}
+    with_more(tmp_path / "more", more, modules_to_save=["lm_head"], bias="lora_only")
+    printed = succeeds("inspect", "more")
+    assert "beside LoRA  1 bias, 1 saved module: 164 B" in printed
+    assert "1 bias, 1 saved module: refused unless the recipe says what becomes of them, with extras:" in printed
+    assert [line.split() for line in printed.splitlines() if line.startswith("lm_head")] == [
+        ["lm_head.weight", "saved", "module", "1", "7", "x", "5", "float32", "140", "B"]
+    ]
+    made = json.loads(succeeds("inspect", "more", "--json"))["extras"]
+    assert [(extra["name"], extra["kind"], extra["stored_bytes"]) for extra in made] == [
+        ("layers.0.q_proj.bias", "bias", 24),
+        ("lm_head.weight", "saved module", 140),
+    ]
+
+
+def test_inspect_lists_token_rows(tmp_path):
+    more = {"embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 5)}
+    with_more(tmp_path / "tokens", more, trainable_token_indices={"embed_tokens": [3, 6]})
+    (extra,) = json.loads(succeeds("inspect", "tokens", "--json"))["extras"]
+    assert (extra["kind"], extra["tokens"], extra["shape"]) == ("block of token rows", [3, 6], [2, 5])
+
+
+def test_inspect_counts_biases_of_lora_b_as_vectors(tmp_path):
+    with_more(tmp_path / "biased", {f"{m}.lora_B.bias": torch.ones(6) for m in MODULES}, lora_bias=True)
+    printed = succeeds("inspect", "biased")
+    assert "modules      4 matrices, 4 vectors" in printed
+    assert "4 modules without factors (biases of lora_B) are merged entry by entry" in printed
+    vectors = [line.split() for line in printed.splitlines() if " vector " in line]
+    assert [row[-2:] for row in vectors] == [["-", "-"], ["-", "-"]]
+
+
+def test_inspect_of_dora_says_that_it_needs_its_base_and_measures_nothing(tmp_path):
+    with_more(tmp_path / "dora", {f"{m}.lora_magnitude_vector": torch.ones(6) for m in MODULES}, use_dora=True)
+    printed = succeeds("inspect", "dora")
+    assert "4 modules; the recipe needs base_model: it is a DoRA adapter" in printed
+    assert "norm" not in printed
+    made = json.loads(succeeds("inspect", "dora", "--json"))
+    assert "DoRA" in made["needs_base"]
+    assert (made["norm"], made["modules"][0]["norm"]) == (None, None)
+
+
+def test_inspect_of_a_whole_model_reads_its_headers(tmp_path):
+    model = write_model(tmp_path / "tuned")
+    (model / "model.safetensors").write_bytes(
+        b"".join([(model / "model.safetensors").read_bytes()[:-4], b"\0\0\xc0\x7f"])
+    )
+    printed = succeeds("inspect", "tuned")
+    assert "format       model (a full fine-tune" in printed
+    assert "modules      4 matrices, 1 vector\n" in printed
+    assert "5 differences to its base are merged; the recipe needs base_model" in printed
+    assert "scaling " not in printed.partition("modules  ")[0]
+    assert "norm: of the update" not in printed
+    assert json.loads(succeeds("inspect", "tuned", "--json"))["scaling_rule"] is None
+
+
+def test_inspect_of_llava_lists_the_side_file(tmp_path):
+    write_adapter(tmp_path / "llava")
+    torch.save({"model.mm_projector.weight": torch.ones(4, 3)}, tmp_path / "llava" / "non_lora_trainables.bin")
+    assert "beside LoRA  1 side tensor: 48 B" in succeeds("inspect", "llava")
+
+
+def test_inspect_names_a_tensor_that_nothing_handles(tmp_path):
+    write_adapter(tmp_path / "more", {**tensors(), "base_model.model.q.lora_C.weight": torch.ones(2, 2)})
     result = run("inspect", "more")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "classifier.weight" in result.stderr
+    assert "q.lora_C.weight" in result.stderr
 
 
 def test_inspect_names_a_tensor_that_is_not_finite(tmp_path):
@@ -64,3 +189,9 @@ def test_inspect_of_nothing_names_the_path(tmp_path):
 def test_inspect_prints_no_control_characters(tmp_path):
     write_adapter(tmp_path / "evil", base_model_name_or_path="org/base\x1b[2J")
     assert "\x1b" not in succeeds("inspect", "evil")
+
+
+def test_inspect_defines_its_ranks_in_the_help():
+    printed = " ".join(succeeds("inspect", "--help").split())
+    assert "Stable rank is the squared norm over the squared largest singular value" in printed
+    assert "effective rank is e to the entropy of the singular values" in printed

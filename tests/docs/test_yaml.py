@@ -46,6 +46,9 @@ def registry_for(block: Block) -> Registry:
 def test_a_recipe_in_the_docs_is_planned(block: Block, workplace: Path) -> None:
     recipe = recipe_in(block)
     directory = RECIPES if "adapters/" in str(recipe["models"]) else workplace
+    for table in blocks(block.page):
+        if table.language == "csv":
+            (workplace / str(table.argument("file"))).write_text(table.text)
     checked = parse_recipe(recipe, directory=directory)
     plans = plan_variants(checked, registry=registry_for(block))
     for made in plans.values():
