@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_lowrank.engine import ModuleRecord, Plan
+from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of
 
 __all__ = ["SCHEMA_VERSION", "InputSummary", "Report", "Totals", "build_report"]
 
@@ -61,6 +61,7 @@ class Report(_Frozen):
     inputs: tuple[InputSummary, ...] = Field(description="one for each input")
     totals: Totals = Field(description="over all modules")
     kind: str = Field(description="`adapter`, or `model` where the updates were added to the base")
+    format: str = Field("peft", description="the dialect that an adapter is written in")
     rank: int | None = Field(
         description="of every module as written; the largest where ranks differ; null where updates were added whole"
     )
@@ -82,7 +83,8 @@ class Report(_Frozen):
 
     @property
     def _written_ranks(self) -> list[int]:
-        return [module["written_rank"] for module in self.modules]
+        ranks = [module["written_rank"] for module in self.modules]
+        return [rank for rank in ranks if rank is not None]
 
     def to_json(self) -> str:
         """The report as indented JSON, without times: the same bytes for every run of one merge."""
@@ -120,6 +122,7 @@ def build_report(
         inputs=inputs,
         totals=_totals(plan, records, ranks, inputs, wall_seconds),
         kind=plan.recipe.output.kind,
+        format=dialect_of(plan.recipe),
         rank=max(ranks.values(), default=None),
         dtype=str(plan.out_dtype).removeprefix("torch."),
         warnings=(*plan.warnings, *_gathered(records), *warnings),
@@ -149,7 +152,7 @@ def _totals(
     wall_seconds: float,
 ) -> Totals:
     energy = sum(record.energy for record in records)
-    needed = [record.rank_for_99 for record in records]
+    needed = [record.rank_for_99 for record in records if record.module in ranks or plan.folds]
     errors = [record.relative_error for record in records if record.relative_error is not None]
     return Totals(
         modules=len(records),
@@ -169,8 +172,11 @@ def _totals(
 def _bytes_written(plan: Plan, ranks: Mapping[str, int]) -> int:
     if plan.fold is not None:
         return plan.fold.layout.total_bytes
-    written = (module for module in plan.modules if module.name in ranks)
-    return sum(ranks[module.name] * module.bytes_per_rank(plan.out_dtype) for module in written)
+    factored = (module for module in plan.modules if module.name in ranks)
+    whole = (module for module in plan.modules if not module.is_factored)
+    return sum(ranks[module.name] * module.bytes_per_rank(plan.out_dtype) for module in factored) + sum(
+        module.shape.d_out * module.shape.d_in * module.dtype.itemsize for module in whole
+    )
 
 
 def _gathered(records: Sequence[ModuleRecord]) -> list[str]:

@@ -10,6 +10,13 @@ from mergekit_lowrank.report.results import Report
 
 __all__ = ["closing_lines", "load_lines"]
 
+LOADING = {
+    "gguf": "  llama.cpp    llama-server -m BASE.gguf --lora {path}/adapter.gguf",
+    "diffusers": "  diffusers    pipeline.load_lora_weights({path!r})",
+    "kohya": "  ComfyUI      copy {path}/lora.safetensors to models/loras",
+}
+"""Closing lines of dialects that are not PEFT's."""
+
 LARGE_RATIO = 2.0
 """A merged norm above this many mean input norms is pointed out."""
 
@@ -53,9 +60,12 @@ def _needed(report: Report) -> str:
 
 
 def load_lines(report: Report, location: str) -> Iterator[str]:
-    """How peft and vLLM load the result; of a model, transformers."""
+    """How peft and vLLM load the result; of a model, transformers; of another dialect, what it is for."""
     if report.rank is None or report.kind == "model":
         yield f"  transformers AutoModel.from_pretrained({location!r})"
+        return
+    if report.format != "peft":
+        yield LOADING.get(report.format, f"  {report.format:<12} {{path}}").format(path=location)
         return
     base = next((summary.base_model for summary in report.inputs if summary.base_model), None) or "BASE_MODEL"
     yield f"  peft         PeftModel.from_pretrained(base_model, {location!r})"

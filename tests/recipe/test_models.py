@@ -232,9 +232,8 @@ def test_a_budget_in_one_rank_for_all_is_refused_with_its_place() -> None:
         ({"a\nb": 1}, r"recipe: 'a\\nb': unknown key 'a\\nb'"),
         ({"slices": []}, "slices: unknown key 'slices'; modules are merged by name; to treat layers differently use"),
         ({"modules": {}}, "unknown key 'modules'; use 'rules'"),
-        ({"tokenizer_source": "base"}, "unknown key 'tokenizer_source'; adapters hold no tokenizer"),
-        ({"tokenizer": {}}, "unknown key 'tokenizer'; adapters hold no tokenizer"),
-        ({"chat_template": "auto"}, "unknown key 'chat_template'; adapters hold no tokenizer"),
+        ({"tokenizer": {}}, "unknown key 'tokenizer'; write tokenizer_source: base, or a model of the recipe"),
+        ({"chat_template": "auto"}, "unknown key 'chat_template'; it goes with the tokenizer"),
         ({"int8_mask": True}, "unknown key 'int8_mask'; leave it out"),
         ({"out_shard_size": "5B"}, "unknown key 'out_shard_size'; write 'shard_size' under 'output', beside kind: model"),
         ({"kind": "model"}, "kind: unknown key 'kind'; write it under 'output'"),
@@ -416,7 +415,8 @@ def test_written_yaml_holds_the_defaults_in_the_usual_order() -> None:
     recipe = parse_recipe({"models": [{"parameters": {"weight": [0, 1]}, "model": "a"}], "merge_method": "ties"})
     assert recipe.to_yaml() == (
         "merge_method: ties\nmodels:\n- model: a\n  parameters:\n    weight: [0.0, 1.0]\nscale: 1.0\n"
-        "output: {kind: adapter, uniform_rank: true, balance: false}\ndtype: float32\nmissing: zero\nseed: 0\n"
+        "output: {kind: adapter, uniform_rank: true, balance: false, format: peft}\ndtype: float32\nmissing: zero\n"
+        "extras: error\nseed: 0\n"
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lowrank.recipe import Depths, Filtered, Value, leaves, matches, resolve
+from mergekit_lowrank.recipe import Depths, Filtered, Value, leaves, matches, resolve, unused_filters
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 points = st.lists(finite, min_size=1, max_size=6).map(tuple)
@@ -132,3 +132,14 @@ def test_depth_does_not_depend_on_the_order_of_modules() -> None:
     modules = ["layers.0.q", "layers.7.q", "layers.3.q"]
     found = {tuple(Depths(order).of(m) for m in modules) for order in itertools.permutations(modules)}
     assert found == {(0.0, 1.0, 3 / 7)}
+
+
+def test_filters_that_take_no_module_are_found() -> None:
+    value = tuple(Filtered(filter=own, value=1) for own in ("mlp", "regex:q_proj$", "glob:*.q_proj", "head", "*"))
+    assert unused_filters(value, ["layers.0.q_proj", "layers.0.mlp.up"]) == ["glob:*.q_proj", "head"]
+    assert unused_filters(value, ["lm_head"]) == ["mlp", "regex:q_proj$", "glob:*.q_proj"]
+
+
+@pytest.mark.parametrize("value", [1, (0.0, 1.0), (Filtered(value=1),), (Filtered(filter="*", value=1),)])
+def test_without_filters_none_is_unused(value: Value) -> None:
+    assert unused_filters(value, ["q"]) == []
