@@ -50,11 +50,13 @@ if TYPE_CHECKING:
         Survey,
         per_input,
     )
+    from mergekit_lowrank.transforms import ConversionReport, convert, extract, resize
 
 __all__ = [
     "Adapter",
     "Checkpoint",
     "CheckpointError",
+    "ConversionReport",
     "Coordinates",
     "DenseUpdate",
     "DiskError",
@@ -98,6 +100,8 @@ __all__ = [
     "Update",
     "Work",
     "__version__",
+    "convert",
+    "extract",
     "finalize",
     "hookimpl",
     "load_recipe",
@@ -105,6 +109,7 @@ __all__ = [
     "per_input",
     "plan",
     "plan_variants",
+    "resize",
 ]
 
 _ROOMS = {
@@ -132,6 +137,7 @@ _ROOMS = {
     "report": ("Report",),
     "spaces": ("Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"),
     "strategies": ("ElementwiseStrategy", "MergeContext", "Params", "Preset", "Strategy", "Survey", "per_input"),
+    "transforms": ("ConversionReport", "convert", "extract", "resize"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, overload
@@ -14,23 +14,23 @@ from typing_extensions import Unpack
 from mergekit_lowrank.engine import (
     Parts,
     Plan,
+    PlannedAdapter,
     SettingsResolver,
     Shard,
     build_plan,
     default_memory_bytes,
     names_of_variants,
-    open_base,
     open_inputs,
     select_devices,
 )
 from mergekit_lowrank.errors import MergeError, OutputError, RecipeError
 from mergekit_lowrank.events import MergeFinished, Reporter
 from mergekit_lowrank.executors import Executor
-from mergekit_lowrank.formats import empty_directory, new_directory, partial_path
-from mergekit_lowrank.recipe import Recipe, load_recipe, parse_recipe
+from mergekit_lowrank.formats import Checkpoint, empty_directory, new_directory, partial_path
+from mergekit_lowrank.recipe import HubId, Outlines, Recipe, load_recipe, parse_recipe
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report import Report
-from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, refuse_warnings, write_index
+from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, refuse_warnings, write_index, writer_of
 
 __all__ = ["MergedAdapter", "RecipeLike", "finalize", "merge", "plan", "plan_variants"]
 
@@ -91,25 +91,51 @@ def plan_variants(
     """
     registry, whole = registry or Registry.load(), _as_recipe(recipe)
     scheduler = _executor(registry, whole, executor, workers)
+    with Outlines() as outlines:
+        return _plans(whole, registry, scheduler.workers, memory_bytes, strict=strict, download=outlines)
+
+
+def _plans(
+    whole: Recipe,
+    registry: Registry,
+    workers: int,
+    memory_bytes: int | None,
+    *,
+    strict: bool,
+    download: Callable[[HubId], Path] | None = None,
+) -> dict[str, Plan]:
+    """The plan of each variant.
+
+    Args:
+        whole: the recipe.
+        registry: what there is to merge with.
+        workers: modules that are merged at once.
+        memory_bytes: what the merge may hold; None for what the recipe says.
+        strict: whether a warning is an error.
+        download: gives what lies on the Hugging Face Hub a path here; all of it when left out.
+    """
     _refuse_below_one(memory_bytes=memory_bytes)
     budget = memory_bytes or whole.execution.memory_bytes or default_memory_bytes()
     variants = whole.variants()
     resolvers = [SettingsResolver(variant, registry) for _, variant in variants]
     problems = {str(problem): problem for resolver in resolvers for problem in resolver.problems}
-    base = None if problems else open_base(whole)
-    inputs = open_inputs(whole, registry, base=base, problems=[*problems.values()])
+    inputs = open_inputs(whole, registry, problems=[*problems.values()], download=download)
     made = {
         name: build_plan(
             variant,
-            inputs,
+            inputs.checkpoints,
             resolver,
             memory_bytes=budget,
-            workers=scheduler.workers,
+            workers=workers,
             variants=len(variants),
-            base=base,
+            base=inputs.base,
         )
         for (name, variant), resolver in zip(variants, resolvers, strict=True)
     }
+    for own in made.values():
+        writer = writer_of(own, registry)
+        if writer is not None:
+            writer.check(PlannedAdapter(own))
     if strict:
         refuse_warnings([warning for own in made.values() for warning in own.warnings])
     return made
@@ -183,9 +209,7 @@ def merge(
     """
     registry, start, whole = registry or Registry.load(), time.perf_counter(), _as_recipe(recipe)
     scheduler = _executor(registry, whole, executor, workers)
-    plans = plan_variants(
-        whole, registry=registry, memory_bytes=memory_bytes, executor=executor, workers=scheduler.workers, strict=strict
-    )
+    plans = _plans(whole, registry, scheduler.workers, memory_bytes, strict=strict)
     followers = Followers([*reporters, *(cls() for cls in registry.reporters.values())])
     _refuse_below_one(vram_bytes=vram_bytes)
     devices = select_devices(device or whole.execution.device or "auto")
@@ -244,7 +268,7 @@ def finalize(
         for name in names:
             parts = Parts(partial / name)
             recipe = parse_recipe(parts.origin.recipe, name="recipe", directory=Path(parts.origin.directory))
-            made = plan(recipe, registry=registry, memory_bytes=sys.maxsize)  # nothing is merged
+            (made,) = _plans(recipe, registry, 1, sys.maxsize, strict=False).values()  # nothing is merged
             reports[name] = assemble(parts, made, partial / name, output / name, registry, start)
         if reports.keys() != {""}:
             empty_directory(partial, but=names)
@@ -294,7 +318,7 @@ def _shard(index: int, count: int) -> Shard:
 
 def _check_output(output: Path, made: Plan) -> None:
     target = output.resolve()
-    directories = {(path.parent.resolve(), f"input '{c.label}'") for c in made.inputs for path in c.files}
+    directories = {(_place(path, c).resolve(), f"input '{c.label}'") for c in made.inputs for path in c.files}
     if made.fold is not None:
         directories.add((made.fold.base.directory.resolve(), "base model"))
     for directory, what in sorted(directories):
@@ -302,3 +326,8 @@ def _check_output(output: Path, made: Plan) -> None:
             raise OutputError(f"the output {output} lies in the {what} ({directory}); choose another directory")
         if target in directory.parents:  # replacing it would delete the input
             raise OutputError(f"the output {output} holds the {what} ({directory}); choose another directory")
+
+
+def _place(path: Path, checkpoint: Checkpoint) -> Path:
+    """What the file of an input must not be written over with: its directory, unless the input is that one file."""
+    return path if len(checkpoint.files) == 1 and path.suffix != ".json" else path.parent

@@ -13,7 +13,7 @@ import pluggy
 if TYPE_CHECKING:
     from mergekit_lowrank.events import Reporter
     from mergekit_lowrank.executors import Executor
-    from mergekit_lowrank.formats import Format
+    from mergekit_lowrank.formats import Format, Writer
     from mergekit_lowrank.spaces import Space
     from mergekit_lowrank.strategies import Preset, Strategy
 
@@ -46,6 +46,10 @@ class HookSpecs:
     @hookspec
     def formats(self) -> Sequence[type[Format]]:  # type: ignore[empty-body]
         """Readers of checkpoints. They are asked in the order of registration, plugins before the built-in ones."""
+
+    @hookspec
+    def writers(self) -> Sequence[type[Writer]]:  # type: ignore[empty-body]
+        """Writers of adapters in other dialects, for ``output.format`` and ``convert``."""
 
     @hookspec
     def executors(self) -> Sequence[type[Executor]]:  # type: ignore[empty-body]

@@ -16,7 +16,7 @@ from mergekit_lowrank._version import __version__
 from mergekit_lowrank.errors import PluginError, RecipeError, nearest_name
 from mergekit_lowrank.events import Reporter
 from mergekit_lowrank.executors import Executor, ProcessExecutor, SerialExecutor, ThreadExecutor
-from mergekit_lowrank.formats import Format, PeftFormat, WholeModelFormat
+from mergekit_lowrank.formats import Format, GgufWriter, PeftFormat, PeftWriter, WholeModelFormat, Writer
 from mergekit_lowrank.hookspecs import API_VERSION, ENTRY_POINT_GROUP, PROJECT, HookSpecs, hookimpl
 from mergekit_lowrank.spaces import CoreSpace, DeltaSpace, FactorSpace, JointSpace, Space, SpaceParams, TuckerSpace
 from mergekit_lowrank.strategies import (
@@ -34,7 +34,7 @@ DISABLE_VARIABLE = "MERGEKIT_LOWRANK_DISABLE_PLUGINS"
 
 ALL = "all"
 BUILT_IN = "mergekit-lowrank"
-HOOKS = ("strategies", "spaces", "formats", "executors", "reporters")
+HOOKS = ("strategies", "spaces", "formats", "writers", "executors", "reporters")
 RESERVED_PARAMETERS = frozenset({"weight"})
 ANY_GROUP = re.compile(rf"{PROJECT}(?:\.v(?P<api>\d+))?")
 """Entry-point groups of plugins for any version of the API, and the one that names none."""
@@ -59,6 +59,11 @@ class BuiltIns:
     def formats(self) -> Sequence[type[Format]]:
         """PEFT adapters, and full fine-tunes."""
         return [PeftFormat, WholeModelFormat]
+
+    @hookimpl
+    def writers(self) -> Sequence[type[Writer]]:
+        """PEFT's own layout."""
+        return [PeftWriter, GgufWriter]
 
     @hookimpl
     def executors(self) -> Sequence[type[Executor]]:
@@ -94,6 +99,7 @@ class Registry:
         methods: strategies and presets by name; a strategy appears as a preset that fixes nothing.
         spaces: by name.
         formats: in the order in which they are asked, plugins first.
+        writers: by name.
         executors: by name.
         reporters: by name.
         plugins: what was loaded, what failed to load, and what is disabled.
@@ -107,6 +113,7 @@ class Registry:
         self.methods: dict[str, Preset] = {}
         self.spaces: dict[str, type[Space]] = {}
         self.formats: dict[str, type[Format]] = {}
+        self.writers: dict[str, type[Writer]] = {}
         self.executors: dict[str, type[Executor]] = {}
         self.reporters: dict[str, type[Reporter]] = {}
         self.plugins: list[PluginRecord] = []
@@ -181,7 +188,13 @@ class Registry:
         return [item for result in results for item in result]
 
     def _check(self, plugin: str, offers: Mapping[str, Sequence[Any]]) -> None:
-        kinds: dict[str, type] = {"spaces": Space, "formats": Format, "executors": Executor, "reporters": Reporter}
+        kinds: dict[str, type] = {
+            "spaces": Space,
+            "formats": Format,
+            "writers": Writer,
+            "executors": Executor,
+            "reporters": Reporter,
+        }
         seen = dict(self._owners)
         for hook, items in offers.items():
             for item in items:
@@ -199,6 +212,7 @@ class Registry:
             self.methods[preset.name] = preset
         self.spaces |= {item.name: item for item in offers["spaces"]}
         self.formats = {item.name: item for item in offers["formats"]} | self.formats
+        self.writers |= {item.name: item for item in offers["writers"]}
         self.executors |= {item.name: item for item in offers["executors"]}
         self.reporters |= {item.name: item for item in offers["reporters"]}
         self._owners |= {(hook, item.name): plugin for hook, items in offers.items() for item in items}
@@ -229,6 +243,10 @@ class Registry:
     def executor(self, name: str) -> type[Executor]:
         """The executor of this name, or RecipeError."""
         return _look_up(self.executors, name, "executor", self._absent())
+
+    def writer(self, name: str) -> type[Writer]:
+        """The writer of this name, or RecipeError."""
+        return _look_up(self.writers, name, "format to write", self._absent())
 
     def _absent(self) -> str:
         """The plugins that could have had a name which is not known."""

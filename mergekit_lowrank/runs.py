@@ -21,6 +21,8 @@ from mergekit_lowrank.engine import (
     Plan,
     Shard,
     Unfinished,
+    adapter_config,
+    dialect_of,
     drop_others,
     finish,
     identity_of,
@@ -30,13 +32,17 @@ from mergekit_lowrank.engine import (
     run_plans,
     with_ranks,
 )
-from mergekit_lowrank.errors import MergeError, OutputError, raise_together
+from mergekit_lowrank.errors import MergeError, OutputError, RecipeError, raise_together
 from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, Notice, Reporter
 from mergekit_lowrank.executors import Executor
+from mergekit_lowrank.filenames import SIDE_FILE
 from mergekit_lowrank.formats import (
     INDEX_NAME,
     WORK_DIRECTORY,
     Adapter,
+    PeftWriter,
+    Whole,
+    Writer,
     empty_directory,
     new_directory,
     partial_path,
@@ -46,7 +52,6 @@ from mergekit_lowrank.formats import (
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report import (
     Report,
-    adapter_config,
     background_digests,
     build_report,
     index_of,
@@ -54,7 +59,7 @@ from mergekit_lowrank.report import (
     write_texts,
 )
 
-__all__ = ["Followers", "MergedAdapter", "Run", "assemble", "refuse_warnings", "write_index"]
+__all__ = ["Followers", "MergedAdapter", "Run", "assemble", "refuse_warnings", "write_index", "writer_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +105,16 @@ class Run:
         if len(self._plans) > 1 or first.folds:
             what = "a model" if first.folds else f"{len(self._plans)} variants"
             raise OutputError(f"a merge into memory gives one adapter, and this recipe gives {what}; name an output")
+        dialect = dialect_of(first.recipe)
+        if dialect != PeftWriter.name:
+            raise OutputError(
+                f"a merge into memory gives PEFT's tensors, and this recipe asks for {dialect}; name an output"
+            )
+        if any(isinstance(own.layout, Whole) and own.layout.in_side_file for own in first.modules):
+            raise OutputError(
+                f"an input has {SIDE_FILE}, which an adapter in memory has no place for; name an output, or leave it "
+                "out by extras: {from: base_model}"
+            )
         sinks: list[MemorySink] = []
 
         def open_memory(made: Plan) -> MemorySink:
@@ -109,7 +124,9 @@ class Run:
         (outcome,) = self._merged([Destination(open_memory)], None)
         report = self._report(outcome)
         self._followers.tell(MergeFinished(None, self._seconds()))
-        return MergedAdapter(sinks[0].state_dict, adapter_config(outcome), report, sinks[0].artefacts)
+        return MergedAdapter(
+            sinks[0].state_dict, adapter_config(outcome.plan, outcome.ranks), report, sinks[0].artefacts
+        )
 
     def into_directory(
         self, output: Path, *, overwrite: bool, resume: bool, shard: Shard | None, hash_sources: bool
@@ -178,7 +195,8 @@ class Run:
                 return reports
             for name, outcome in zip(self._plans, outcomes, strict=True):
                 method = self._registry.method(outcome.plan.recipe.merge_method)
-                write_texts(partial / name, output / name, outcome, reports[name], method, hashes)
+                writer = writer_of(outcome.plan, self._registry)
+                write_texts(partial / name, output / name, outcome, reports[name], method, hashes, writer)
             write_index(partial, reports)
         return reports
 
@@ -243,8 +261,24 @@ def assemble(parts: Parts, made: Plan, directory: Path, output: Path, registry: 
     seconds = time.perf_counter() - start
     report = build_report(outcome.plan, outcome.records, outcome.ranks, wall_seconds=seconds)
     digests = _digests(made, parts) if parts.origin.hashes_sources else {}
-    write_texts(directory, output, outcome, report, registry.method(made.recipe.merge_method), digests)
+    method, writer = registry.method(made.recipe.merge_method), writer_of(made, registry)
+    write_texts(directory, output, outcome, report, method, digests, writer)
     return report
+
+
+def writer_of(made: Plan, registry: Registry) -> Writer | None:
+    """What writes the adapter in another dialect than PEFT's; None where nothing does.
+
+    Raises:
+        RecipeError: there is no such dialect.
+    """
+    dialect = dialect_of(made.recipe)
+    if made.folds or dialect == PeftWriter.name:
+        return None
+    try:
+        return registry.writer(dialect)()
+    except RecipeError as error:
+        raise made.recipe.problem(("output", "format"), str(error)) from error
 
 
 def _digests(made: Plan, parts: Parts) -> dict[Path, str]:

@@ -11,6 +11,7 @@ PACKAGE = Path(mergekit_lowrank.__file__).parent
 ROOMS = (
     "_version",
     "errors",
+    "filenames",
     "lowrank",
     "spaces",
     "policies",
@@ -20,16 +21,18 @@ ROOMS = (
     "executors",
     "hookspecs",
     "registry",
+    "servers",
     "recipe",
     "engine",
     "report",
     "runs",
     "api",
+    "transforms",
     "testing",
     "cli",
 )
 PLUGIN_ROOMS = ("strategies", "spaces", "formats")
-INTERNAL = ("registry", "recipe", "engine", "report", "runs", "api", "cli")
+INTERNAL = ("registry", "recipe", "engine", "report", "runs", "api", "transforms", "cli")
 HEAVY_EXTRAS = ("peft", "transformers")
 
 

@@ -2,7 +2,7 @@
 
 from mergekit_lowrank.engine.budgeting import with_ranks
 from mergekit_lowrank.engine.devices import Device, select_devices
-from mergekit_lowrank.engine.inputs import open_base, open_checkpoint, open_inputs
+from mergekit_lowrank.engine.inputs import Inputs, open_checkpoint, open_inputs
 from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes
 from mergekit_lowrank.engine.merging import ModuleRecord
 from mergekit_lowrank.engine.parts import Origin, Parts, names_of_variants, refuse_parts
@@ -12,6 +12,7 @@ from mergekit_lowrank.engine.planning import build_plan
 from mergekit_lowrank.engine.settings import SettingsResolver
 from mergekit_lowrank.engine.sinks import TENSOR_FILE, MemorySink
 from mergekit_lowrank.engine.spool import ARTEFACT_FILE
+from mergekit_lowrank.engine.targets import PlannedAdapter, adapter_config, dialect_of, located_base, model_config
 from mergekit_lowrank.engine.unfinished import PACKAGES, Unfinished, drop_others, identity_of, keeps, open_sink
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Destination",
     "Device",
     "Fold",
+    "Inputs",
     "MemorySink",
     "ModulePlan",
     "ModuleRecord",
@@ -28,18 +30,22 @@ __all__ = [
     "Outcome",
     "Parts",
     "Plan",
+    "PlannedAdapter",
     "SettingsResolver",
     "Shard",
     "Unfinished",
+    "adapter_config",
     "build_plan",
     "default_memory_bytes",
+    "dialect_of",
     "drop_others",
     "finish",
     "format_bytes",
     "identity_of",
     "keeps",
+    "located_base",
+    "model_config",
     "names_of_variants",
-    "open_base",
     "open_checkpoint",
     "open_inputs",
     "open_sink",

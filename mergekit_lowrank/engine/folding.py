@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
+from mergekit_lowrank.engine.companions import with_tokenizer
 from mergekit_lowrank.engine.plan import Fold, Plan
 from mergekit_lowrank.engine.sinks import Receipt, Sink
 from mergekit_lowrank.engine.spool import ArtefactSpool
@@ -37,7 +38,7 @@ class FoldSink(Sink):
     """
 
     def __init__(self, directory: Path, plan: Plan, fold: Fold, *, creates: bool = True) -> None:
-        self._fold = fold
+        self._fold, self._tokenizer = fold, plan.tokenizer
         self._writer = ModelWriter(directory, fold.layout, fold.base.source, resumes=True, creates=creates)
         self._artefacts = ArtefactSpool(directory, directory / WORK_DIRECTORY, [m.name for m in plan.modules])
 
@@ -63,7 +64,8 @@ class FoldSink(Sink):
     def finish(self, receipts: Mapping[str, Receipt]) -> dict[str, int]:
         """Close the files, and write what belongs to them: index, configuration, tokenizer."""
         base = self._fold.base
-        self._writer.finish({str(path.relative_to(base.directory)): path for path in base.companions})
+        companions = {path.relative_to(base.directory).as_posix(): path for path in base.companions}
+        self._writer.finish(with_tokenizer(companions, self._tokenizer))
         self._artefacts.finish({module for module, receipt in receipts.items() if receipt.artefacts})
         return {}
 

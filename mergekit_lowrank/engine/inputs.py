@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import torch
 
+from mergekit_lowrank.engine.extras import needs_base, with_extras
 from mergekit_lowrank.errors import CheckpointError, MergeError, raise_together
-from mergekit_lowrank.formats import Adapter, Checkpoint, ModelDirectory, WholeModel
+from mergekit_lowrank.formats import ADD_BASE, Adapter, Checkpoint, Derived, FusedExperts, ModelDirectory, WholeModel
 from mergekit_lowrank.lowrank import InputUpdate
-from mergekit_lowrank.recipe import InMemoryAdapter, ModelEntry, Recipe, resolve_directory, resolve_model
+from mergekit_lowrank.recipe import HubId, InMemoryAdapter, ModelEntry, Recipe, resolve_directory, resolve_model
 from mergekit_lowrank.registry import Registry
 
-__all__ = ["open_base", "open_checkpoint", "open_inputs"]
+__all__ = ["Inputs", "open_checkpoint", "open_inputs"]
 
 
 def open_checkpoint(path: Path, registry: Registry, *, label: str) -> Checkpoint:
@@ -35,80 +36,118 @@ def open_checkpoint(path: Path, registry: Registry, *, label: str) -> Checkpoint
     raise CheckpointError(f"'{path}' is not a checkpoint of a known format. Known formats: {known}.")
 
 
-def open_base(recipe: Recipe) -> ModelDirectory | None:
-    """The base model, where the output is a model; else it is only a name.
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a recipe merges, opened.
 
-    Raises:
-        CheckpointError: it is no model directory, or one that is refused.
+    Attributes:
+        checkpoints: one for each model of the recipe.
+        base: the base model, where the output or an input needs it; else it is only a name.
     """
-    if recipe.output.kind == "adapter" or recipe.base_model is None:
-        return None
-    try:
-        return ModelDirectory(resolve_directory(recipe.base_model, recipe.directory))
-    except MergeError as error:
-        raise type(error)(f"{recipe.where(('base_model',))}: {error}") from error
+
+    checkpoints: list[Checkpoint]
+    base: ModelDirectory | None
 
 
 def open_inputs(
-    recipe: Recipe, registry: Registry, *, base: ModelDirectory | None = None, problems: Sequence[MergeError] = ()
-) -> list[Checkpoint]:
-    """One checkpoint for each model of the recipe.
+    recipe: Recipe,
+    registry: Registry,
+    *,
+    problems: Sequence[MergeError] = (),
+    download: Callable[[HubId], Path] | None = None,
+) -> Inputs:
+    """One checkpoint for each model of the recipe, and the base where it is needed.
 
     Args:
         recipe: what to merge.
         registry: its formats open the checkpoints.
-        base: what fine-tunes are compared with; modules of adapters are then called as they are there.
         problems: known beforehand. They are raised together with those of local inputs, and nothing is downloaded.
+        download: gives what lies on the Hugging Face Hub a path here; all of it when left out.
 
     Raises:
         MergeError: all problems.
     """
-    download = _postpone if problems else None
-    checkpoints: list[Checkpoint] = []
+    get = _postpone if problems else download
+    opened: list[Checkpoint] = []
     found = list(problems)
     for index, (entry, label) in enumerate(zip(recipe.models, _labels(recipe.models), strict=True)):
         try:
-            checkpoints.append(_open(entry, label, recipe, registry, download))
+            opened.append(_open(entry, label, recipe, registry, get))
         except MergeError as error:  # noqa: PERF203 - every input's problem is wanted
             found += [_placed(problem, recipe, index) for problem in error.problems]
         except _PostponedError:
             continue
     raise_together(found)
-    return _against(base, checkpoints, recipe)
-
-
-def _against(base: ModelDirectory | None, checkpoints: Sequence[Checkpoint], recipe: Recipe) -> list[Checkpoint]:
-    """Whole models as what was changed in the base; adapters under the base's names where both are merged."""
-    whole = [checkpoint.label for checkpoint in checkpoints if isinstance(checkpoint, WholeModel)]
-    if base is None and not whole:
-        return [*checkpoints]
-    if recipe.output.kind == "adapter":
-        message = f"'{whole[0]}' is a full fine-tune, whose norms and biases no adapter holds"
-        raise recipe.problem(("output", "kind"), f"{message}; write output: {{kind: model}}")
-    stored = {header.dtype for checkpoint in checkpoints for header in checkpoint.modules.values()}
+    base = _open_base(recipe, opened, download)
+    stored = {header.dtype for checkpoint in opened for header in checkpoint.modules.values()}
     dtype = torch.float64 if torch.float64 in stored else getattr(torch, recipe.dtype)
+    ready = _against(base, opened, recipe, dtype)
+    if base is not None and recipe.output.kind == "model":
+        ready = [FusedExperts.of(own, base, dtype) for own in ready]
+    ready = with_extras(ready, recipe, base, dtype)
+    return Inputs(_under_one_name(ready, opened, recipe, base), base)
+
+
+def _open_base(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], download: Callable[[HubId], Path] | None
+) -> ModelDirectory | None:
+    """The base model, where somebody needs it."""
+    needed = any(checkpoint.needs_base for checkpoint in checkpoints) or needs_base(recipe, checkpoints)
+    if recipe.base_model is None or not (needed or recipe.output.kind == "model"):
+        return None
+    try:
+        return ModelDirectory(resolve_directory(recipe.base_model, recipe.directory, download=download))
+    except MergeError as error:
+        raise type(error)(f"{recipe.where(('base_model',))}: {error}") from error
+
+
+def _against(
+    base: ModelDirectory | None, checkpoints: Sequence[Checkpoint], recipe: Recipe, dtype: torch.dtype
+) -> list[Checkpoint]:
+    """The checkpoints that need their base with it."""
     found: list[Checkpoint] = []
     problems: list[MergeError] = []
-    for index, checkpoint in enumerate(checkpoints):
+    for index, own in enumerate(checkpoints):
         try:
-            if isinstance(checkpoint, WholeModel):
-                found.append(checkpoint.against(base, dtype))
-            else:
-                found.append(_under_names_of(base, checkpoint))
+            if own.needs_base is not None and base is None:
+                raise CheckpointError(f"'{own.label}': {own.needs_base}, and no base is given. {ADD_BASE}.")
+            found.append(own if base is None else own.against(base, dtype))
         except MergeError as error:  # noqa: PERF203 - every input's problem is wanted
             problems += [_placed(problem, recipe, index) for problem in error.problems]
     raise_together(problems)
     return found
 
 
-def _under_names_of(base: ModelDirectory | None, checkpoint: Checkpoint) -> Checkpoint:
-    if base is None:
-        return checkpoint
-    names = {base.module_of(key): module for module, key in base.keys_for(checkpoint.modules).items()}
+def _under_one_name(
+    ready: Sequence[Checkpoint], opened: Sequence[Checkpoint], recipe: Recipe, base: ModelDirectory | None
+) -> list[Checkpoint]:
+    """Adapters under the base's names, where they are added to it or merged with whole models."""
+    if base is None or not (recipe.output.kind == "model" or any(isinstance(own, WholeModel) for own in opened)):
+        return [*ready]
+    found: list[Checkpoint] = []
+    problems: list[MergeError] = []
+    for index, own in enumerate(ready):
+        try:
+            found.append(own if isinstance(opened[index], WholeModel) else _under_names_of(base, own))
+        except MergeError as error:  # noqa: PERF203 - every input's problem is wanted
+            problems += [_placed(problem, recipe, index) for problem in error.problems]
+    raise_together(problems)
+    return found
+
+
+def _under_names_of(base: ModelDirectory, checkpoint: Checkpoint) -> Checkpoint:
+    names: dict[str, str] = {}
+    for module, key in base.keys_for(checkpoint.modules).items():
+        other = names.setdefault(base.module_of(key), module)
+        if other != module:
+            raise CheckpointError(
+                f"'{checkpoint.label}': modules '{other}' and '{module}' are one parameter of the base, '{key}', and "
+                "are not added to it together. Leave one out, such as by extras: {from: base_model}."
+            )
     return checkpoint if all(name == own for name, own in names.items()) else _Renamed(checkpoint, names)
 
 
-class _Renamed(Checkpoint):
+class _Renamed(Derived):
     """A checkpoint whose modules go by other names.
 
     Args:
@@ -117,33 +156,26 @@ class _Renamed(Checkpoint):
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-        self.label, self.location, self.files = checkpoint.label, checkpoint.location, checkpoint.files
-        self.base_model, self.revision = checkpoint.base_model, checkpoint.revision
-        self.task_type, self.fan_in_fan_out = checkpoint.task_type, checkpoint.fan_in_fan_out
-        self.config = checkpoint.config
-        self._checkpoint, self._names = checkpoint, names
+        super().__init__(checkpoint)
+        self._names = names
         self.modules = {name: replace(checkpoint.modules[own], name=name) for name, own in names.items()}
-
-    @property
-    def identity(self) -> object:
-        """That of the checkpoint."""
-        return self._checkpoint.identity
 
     def read(self, module: str) -> InputUpdate:
         """The update of one module."""
-        return self._checkpoint.read(self._names[module])
+        return self.origin.read(self._names[module])
 
 
 class _PostponedError(Exception):
     """A download that would be of no use."""
 
 
-def _postpone(*_: object, **__: object) -> str:
+def _postpone(hub_id: HubId) -> Path:
+    del hub_id
     raise _PostponedError
 
 
 def _open(
-    entry: ModelEntry, label: str, recipe: Recipe, registry: Registry, download: Callable[..., str] | None
+    entry: ModelEntry, label: str, recipe: Recipe, registry: Registry, download: Callable[[HubId], Path] | None
 ) -> Checkpoint:
     if not isinstance(entry.model, str):
         return Adapter(entry.model.state_dict, entry.model.config).open(label=label)

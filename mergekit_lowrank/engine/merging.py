@@ -106,7 +106,7 @@ class MergedModule:
     Attributes:
         name: the module.
         update: as it is to be stored: factors on the CPU in the stored type with all scaling in b; for a fold into the
-            base the update itself, on the device in the compute type.
+            base, and of a tensor without factors, the update itself, on the device in the compute type.
         artefacts: what the strategy returned beside it, by name.
         record: for the report.
     """
@@ -305,7 +305,7 @@ def merge_module(plan: Plan, module: ModulePlan, encodings: Encodings, survey: S
     merged = merge_inputs(plan, module, encodings, survey)
     compressed = module.rank.compress(merged.update, rank_generator(plan, module))
     stored = written = compressed.update
-    if not plan.folds:
+    if not plan.folds and module.is_factored:
         factors = _stored(_as_adapter(plan, module, compressed.factors), module, plan.out_dtype)
         stored, written = factors, factors.to(encodings.device, plan.compute_dtype)
     record = _record(plan, module, merged.inputs, compressed, written, merged.scaling.factor)

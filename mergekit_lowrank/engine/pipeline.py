@@ -15,7 +15,7 @@ from mergekit_lowrank.engine.memory import settle_allocator
 from mergekit_lowrank.engine.merging import Encodings, ModuleRecord, encoding_key, merge_module, on_disk, read_updates
 from mergekit_lowrank.engine.placement import DevicePool, attempt
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
-from mergekit_lowrank.engine.sinks import Receipt, Sink
+from mergekit_lowrank.engine.sinks import Receipt, Sink, factored_ranks
 from mergekit_lowrank.engine.surveying import Rounds, run_surveys
 from mergekit_lowrank.engine.units import Unit, batches_of, share_of
 from mergekit_lowrank.events import Event, ModuleMerged
@@ -98,7 +98,7 @@ class Outcome:
     Attributes:
         plan: with all ranks known.
         sink: finished.
-        ranks: of each module as written.
+        ranks: of each module with factors as written.
         records: of each module, in the plan's order.
         receipts: of each module and copied tensor.
     """
@@ -301,5 +301,5 @@ def finish(plan: Plan, sink: Sink, done: Mapping[str, Done]) -> Outcome:
 def _part(plan: Plan, sink: Sink, done: Mapping[str, Done]) -> Outcome:
     """The outcome of some of the modules."""
     records = tuple(own.record for own in done.values() if own.record is not None)
-    ranks = {} if plan.folds else {name: own.receipt.rank for name, own in done.items()}
+    ranks = {} if plan.folds else factored_ranks({name: own.receipt.rank for name, own in done.items()}, plan)
     return Outcome(plan, sink, ranks, records, {name: own.receipt for name, own in done.items()})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergekit_lowrank.engine.ranks import above_accepted, accepted_ranks
 from mergekit_lowrank.engine.settings import Group
-from mergekit_lowrank.formats import Checkpoint, ModelDirectory, ModelLayout
+from mergekit_lowrank.formats import Checkpoint, Factored, Layout, Member, ModelDirectory, ModelLayout
 from mergekit_lowrank.policies import RankPolicy, ScalePolicy, snapped
 from mergekit_lowrank.recipe import Budget, Recipe
 from mergekit_lowrank.spaces import ModuleShape
@@ -35,6 +36,8 @@ class ModulePlan:
         peak_bytes: what its merge holds at most in memory.
         scratch_bytes: what it holds in a file on disk beside, since it is too much for the memory allowed; mostly 0.
         stored_bytes: of the inputs' factors.
+        layout: of its tensors in an adapter.
+        dtype: of its tensors as stored.
     """
 
     name: str
@@ -48,6 +51,13 @@ class ModulePlan:
     peak_bytes: int
     scratch_bytes: int
     stored_bytes: int
+    layout: Layout
+    dtype: torch.dtype
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether an adapter stores it as factors; else it is one tensor, which no rank cuts."""
+        return isinstance(self.layout, Factored)
 
     def bytes_per_rank(self, dtype: torch.dtype) -> int:
         """Bytes of one column of B and one row of A."""
@@ -67,6 +77,7 @@ class ModulePlan:
             "rank_policy": self.rank.name,
             "rank": self.rank.planned,
             "dense_inputs": self.shape.dense,
+            "stored_as": type(self.layout).__name__.lower(),
             "peak_bytes": self.peak_bytes,
             "scratch_bytes": self.scratch_bytes,
         }
@@ -117,6 +128,8 @@ class Plan:
         memory_bytes: what a merge may hold.
         overhead_bytes: the part of it that is not for modules.
         fold: where the updates are added to the base; None for an adapter.
+        base: the base model, where the output or an input needed it.
+        tokenizer: the files of the tokenizer to write, by their path in the output.
         warnings: what a user should know; errors under ``--strict``.
     """
 
@@ -130,6 +143,8 @@ class Plan:
     overhead_bytes: int
     warnings: tuple[str, ...]
     fold: Fold | None = None
+    base: ModelDirectory | None = None
+    tokenizer: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def folds(self) -> bool:
@@ -176,10 +191,15 @@ class Plan:
         """Bytes of the merged factors, or of the whole model; None where a rank depends on the data."""
         if self.fold is not None:
             return self.fold.layout.total_bytes
-        ranks = [self.written_rank(module) for module in self.modules]
-        sizes = [module.bytes_per_rank(self.out_dtype) for module in self.modules]
-        known = [rank * size for rank, size in zip(ranks, sizes, strict=True) if rank is not None]
-        return sum(known) if len(known) == len(ranks) else None
+        sizes = [self._written_bytes(module) for module in self.modules]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    def _written_bytes(self, module: ModulePlan) -> int | None:
+        if not module.is_factored:
+            return module.shape.d_out * module.shape.d_in * module.dtype.itemsize
+        rank = self.written_rank(module)
+        return None if rank is None else rank * module.bytes_per_rank(self.out_dtype)
 
     @property
     def peak_bytes(self) -> int:
@@ -187,11 +207,17 @@ class Plan:
         return max(module.peak_bytes for module in self.modules)
 
     def written_rank(self, module: ModulePlan) -> int | None:
-        """Rows of A as written, where known."""
+        """Rows of A as written, where known; 0 of a tensor without factors."""
+        if not module.is_factored:
+            return 0
         if self.recipe.output.uniform_rank:
             return self.uniform_rank
         planned = module.rank.planned
         return None if planned is None else self.accepted(planned, module.name)
+
+    def members(self, ranks: Mapping[str, int]) -> list[Member]:
+        """Every module as it is written, given its rank."""
+        return [Member(m.name, m.layout, m.shape.d_out, m.shape.d_in, ranks[m.name]) for m in self.modules]
 
     def accepted(self, rank: int, module: str) -> int:
         """The least rank of at least 1 that may be written and holds ``rank`` directions of ``module``.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from mergekit_lowrank.engine.companions import planned_tokenizer
 from mergekit_lowrank.engine.memory import footprint, format_bytes, overhead_bytes
 from mergekit_lowrank.engine.plan import Fold, ModulePlan, Plan
+from mergekit_lowrank.engine.provenance import licence_warnings, source_cards
 from mergekit_lowrank.engine.ranks import over_accepted, rank_policy, under_budget, uniform_rank
-from mergekit_lowrank.engine.settings import Group, Settings, SettingsResolver
+from mergekit_lowrank.engine.settings import Group, Settings, SettingsResolver, filter_warnings
+from mergekit_lowrank.engine.targets import model_config_remarks, target_problems, target_remarks
 from mergekit_lowrank.errors import (
     IncompatibleInputsError,
     MemoryBudgetError,
@@ -19,9 +24,9 @@ from mergekit_lowrank.errors import (
     StrategyError,
     raise_together,
 )
-from mergekit_lowrank.formats import Checkpoint, ModelDirectory, ModelLayout, ModuleHeader
+from mergekit_lowrank.formats import Checkpoint, Factored, Layout, ModelDirectory, ModelLayout, ModuleHeader
 from mergekit_lowrank.policies import RankPolicy, WholeRank
-from mergekit_lowrank.recipe import Depths, Recipe
+from mergekit_lowrank.recipe import Depths, From, Recipe
 from mergekit_lowrank.spaces import ModuleShape
 
 __all__ = ["build_plan"]
@@ -49,7 +54,7 @@ def build_plan(
         memory_bytes: what the merge may hold.
         workers: modules that are merged at once where memory allows.
         variants: merges of these inputs that are made together.
-        base: the base model, opened, where the output is a model.
+        base: the base model, opened, where the output or an input needs it.
 
     Raises:
         MergeError: every problem of the inputs and the budget, together.
@@ -60,31 +65,47 @@ def build_plan(
     names = _module_names(inputs)
     headers = sum(len(checkpoint.modules) for checkpoint in inputs) + (len(base.source.specs) if base else 0)
     overhead = overhead_bytes(workers, len(names) * variants, headers)
-    draft = _Draft(recipe, inputs, resolver, compute, memory_bytes - overhead)
+    draft = _Draft(recipe, inputs, resolver, compute, stored, memory_bytes - overhead)
     modules = draft.modules()
     problems += draft.problems
     problems += _unmatched_rules(recipe, resolver)
     problems += _over_memory(modules, memory_bytes, overhead)
     problems += over_accepted(recipe, {module.name: module.rank for module in modules})
-    problems += under_budget(recipe, [(module.rank, module.bytes_per_rank(stored)) for module in modules])
+    factored = [module for module in modules if module.is_factored]
+    problems += under_budget(recipe, [(module.rank, module.bytes_per_rank(stored)) for module in factored])
+    tokenizer: dict[str, Path] = {}
+    try:
+        tokenizer = planned_tokenizer(recipe, inputs, base)
+    except MergeError as error:
+        problems += error.problems
     fold = None
     try:
-        fold = _fold(recipe, inputs, base) if base is not None else None
+        fold = _fold(recipe, inputs, base) if base is not None and recipe.output.kind == "model" else None
     except MergeError as error:
         problems += error.problems
     raise_together(problems)
-    return Plan(
+    made = Plan(
         recipe=recipe,
         inputs=tuple(inputs),
         modules=modules,
         out_dtype=stored,
         compute_dtype=compute,
-        uniform_rank=uniform_rank(recipe, [module.rank for module in modules]),
+        uniform_rank=uniform_rank(recipe, [module.rank for module in factored]),
         memory_bytes=memory_bytes,
         overhead_bytes=overhead,
-        warnings=(*_warnings(inputs, modules), *_split_surveys(modules)),
+        warnings=(
+            *_warnings(inputs, modules),
+            *_split_surveys(modules),
+            *filter_warnings(recipe, names),
+            *licence_warnings(source_cards(recipe, inputs, base)),
+            *model_config_remarks(inputs),
+        ),
         fold=fold,
+        base=base,
+        tokenizer=tokenizer,
     )
+    raise_together([*target_problems(made)])
+    return replace(made, warnings=(*made.warnings, *target_remarks(made)))
 
 
 _FACTORS_KEPT = (
@@ -102,9 +123,11 @@ class _Draft:
         inputs: Sequence[Checkpoint],
         resolver: SettingsResolver,
         compute: torch.dtype,
+        stored: torch.dtype,
         modules_bytes: int,
     ) -> None:
-        self._recipe, self._inputs, self._resolver, self._compute = recipe, inputs, resolver, compute
+        self._recipe, self._inputs, self._resolver = recipe, inputs, resolver
+        self._compute, self._stored = compute, stored
         self._modules_bytes = modules_bytes
         self._depths = Depths(_module_names(inputs))
         ranks = [header.rank for c in inputs for header in c.modules.values() if not header.is_dense]
@@ -126,10 +149,19 @@ class _Draft:
         participants = tuple(t for t, c in enumerate(self._inputs) if name in c.modules)
         headers = [self._inputs[t].modules[name] for t in participants]
         try:
+            layout, replaces = self._layout(participants, headers), headers[0].replaces
+            is_factored = isinstance(layout, Factored)
             settings = self._resolver.of(
-                name, self._depths.of(name), is_matrix=all(header.kind == "matrix" for header in headers)
+                name,
+                self._depths.of(name),
+                is_matrix=all(header.kind == "matrix" for header in headers),
+                replaces=replaces,
             )
-            weights, total = self._participant_weights(name, settings, participants)
+            weights, total = (
+                _shares(settings, participants, self._recipe)
+                if replaces
+                else self._participant_weights(name, settings, participants)
+            )
             settings.group.strategy.check_weights(weights, total)
             shape = ModuleShape(
                 headers[0].d_out,
@@ -137,7 +169,7 @@ class _Draft:
                 tuple(header.rank for header in headers),
                 sum(header.is_dense for header in headers),
             )
-            rank = rank_policy(settings, shape, self._recipe, self._largest_rank)
+            rank = rank_policy(settings, shape, self._recipe, self._largest_rank, is_factored=is_factored)
             self._check_method(settings.group, shape, rank)
         except MergeError as error:
             self._failures.setdefault((type(error), str(error)), []).append(name)
@@ -167,7 +199,29 @@ class _Draft:
             held.peak_bytes,
             held.scratch_bytes,
             stored,
+            layout,
+            self._stored_dtype(headers, layout),
         )
+
+    def _layout(self, participants: Sequence[int], headers: Sequence[ModuleHeader]) -> Layout:
+        """The one that all inputs have; where the output is a model, whatever the first has."""
+        other = next((n for n, header in enumerate(headers) if header.layout != headers[0].layout), None)
+        if other is not None and self._recipe.output.kind == "adapter":
+            first, second = (self._inputs[participants[n]].label for n in (0, other))
+            raise IncompatibleInputsError(
+                f"'{first}' stores it as {headers[0].layout}, '{second}' as {headers[other].layout}; inputs must "
+                "change the same parameters of one base model"
+            )
+        return headers[0].layout
+
+    def _stored_dtype(self, headers: Sequence[ModuleHeader], layout: Layout) -> torch.dtype:
+        """That of all factors; of a tensor without any its own, unless the recipe says otherwise."""
+        if isinstance(layout, Factored) or self._recipe.out_dtype is not None:
+            return self._stored
+        dtype = headers[0].dtype
+        for header in headers[1:]:
+            dtype = torch.promote_types(dtype, header.dtype)
+        return dtype
 
     def _check_method(self, group: Group, shape: ModuleShape, rank: RankPolicy) -> None:
         if group.strategy.keeps_factors and not self._keeps_factors(group, shape, rank):
@@ -200,6 +254,19 @@ class _Draft:
                 "cannot renormalise them; use 'missing: zero'"
             )
         return tuple(w * total / present for w in own), total
+
+
+def _shares(settings: Settings, participants: Sequence[int], recipe: Recipe) -> tuple[tuple[float, ...], float]:
+    """Weights of tensors that replace the base's: shares of a whole among the inputs that have them."""
+    if isinstance(recipe.extras, From):  # that model's, whatever its weight (and it may be given twice)
+        return (1.0 / len(participants),) * len(participants), 1.0
+    own = [settings.weights[t] for t in participants]
+    if min(own) < 0 or not sum(own):
+        raise RecipeError(
+            f"its values replace those of the base and are averaged, which the weights {own} do not allow: they must "
+            "not be negative, nor all 0. Use extras: delta, or {from: MODEL}"
+        )
+    return tuple(weight / sum(own) for weight in own), 1.0
 
 
 def _module_names(inputs: Sequence[Checkpoint]) -> list[str]:
@@ -297,14 +364,15 @@ def _out_dtype(recipe: Recipe, inputs: Sequence[Checkpoint], base: ModelDirector
     if recipe.out_dtype is not None:
         asked: torch.dtype = getattr(torch, recipe.out_dtype)
         return asked
-    if base is not None:
+    if base is not None and recipe.output.kind == "model":
         stored: Counter[torch.dtype] = Counter()
         for spec in base.source.specs.values():
             stored[spec.dtype] += spec.stored_bytes
         return stored.most_common(1)[0][0]
-    headers = (header for checkpoint in inputs for header in checkpoint.modules.values())
-    dtype = next(headers).dtype
-    for header in headers:
+    headers = [header for checkpoint in inputs for header in checkpoint.modules.values()]
+    factored = [header for header in headers if isinstance(header.layout, Factored)] or headers
+    dtype = factored[0].dtype
+    for header in factored[1:]:
         dtype = torch.promote_types(dtype, header.dtype)
     return dtype
 
@@ -319,7 +387,9 @@ def _warnings(inputs: Sequence[Checkpoint], modules: Sequence[ModulePlan]) -> It
             labels = ", ".join(f"'{other.label}'" for other in others)
             times = len(others) + 1
             yield f"'{first.label}' is given {times} times (also as {labels}); each counts with its own weight"
-    are_dense = [any(header.is_dense for header in c.modules.values()) for c in inputs]
+    are_dense = [
+        any(header.is_dense and isinstance(header.layout, Factored) for header in c.modules.values()) for c in inputs
+    ]
     for t, checkpoint in enumerate(inputs):
         if any(are_dense) and not are_dense[t]:
             continue  # adapters change some matrices, fine-tunes everything

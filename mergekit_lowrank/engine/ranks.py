@@ -25,11 +25,17 @@ __all__ = ["above_accepted", "accepted_ranks", "over_accepted", "rank_policy", "
 
 def accepted_ranks(recipe: Recipe) -> tuple[int, ...]:
     """The ranks that may be written, ascending; empty for all."""
-    snap = recipe.output.snap
+    snap, target = recipe.output.snap, recipe.output.target
+    if snap is None and target is not None:
+        from mergekit_lowrank.servers import SERVERS
+
+        return SERVERS[target].accepted_ranks
     return VLLM_RANKS if snap == "vllm" else snap or ()
 
 
-def rank_policy(settings: Settings, shape: ModuleShape, recipe: Recipe, largest_rank: int) -> RankPolicy:
+def rank_policy(
+    settings: Settings, shape: ModuleShape, recipe: Recipe, largest_rank: int, *, is_factored: bool = True
+) -> RankPolicy:
     """How one module is cut.
 
     Args:
@@ -37,9 +43,18 @@ def rank_policy(settings: Settings, shape: ModuleShape, recipe: Recipe, largest_
         shape: of the module.
         recipe: whether ranks are uniform, and which are accepted.
         largest_rank: over all inputs and modules.
+        is_factored: whether an adapter stores it as factors.
+
+    Raises:
+        RecipeError: a dense update becomes an adapter, and nothing says of which rank.
     """
-    if recipe.output.kind == "model" and not settings.is_rank_given:
+    if not is_factored or (recipe.output.kind == "model" and not settings.is_rank_given):
         return WholeRank()
+    if shape.dense and not settings.is_rank_given:
+        raise RecipeError(
+            "its update has full rank, as of DoRA and of fine-tunes, so an adapter of it is an approximation; say "
+            "output.rank: a number, {energy: 0.99} or {error: 0.01}, or write output: {kind: model}, which is exact"
+        )
     limit, guess, asked = min(shape.d_out, shape.d_in), max(shape.ranks), settings.rank
     if settings.group.strategy.keeps_factors:  # even where they have more components than the update can have ranks
         limit = max(limit, settings.group.space.merged_rank(shape))

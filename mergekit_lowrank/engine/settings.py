@@ -11,12 +11,12 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mergekit_lowrank.errors import MergeError, RecipeError, StrategyError, nearest_name
 from mergekit_lowrank.policies import AutoScale, FixedScale, RetentionScale, ScalePolicy
-from mergekit_lowrank.recipe import Rank, Recipe, Retention, Rule, Scale, leaves, matches, resolve
+from mergekit_lowrank.recipe import Rank, Recipe, Retention, Rule, Scale, leaves, matches, resolve, unused_filters
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.spaces import Space
 from mergekit_lowrank.strategies import Preset, Strategy
 
-__all__ = ["Group", "Settings", "SettingsResolver"]
+__all__ = ["Group", "Settings", "SettingsResolver", "filter_warnings"]
 
 Loc = tuple[str | int, ...]
 
@@ -33,6 +33,14 @@ INSTEAD = {
 
 ELEMENTWISE_SPACE = "delta"
 """Where what is not a matrix is merged: a vector has no singular directions, and a row of an embedding is a token's."""
+
+
+AVERAGING = "task_arithmetic"
+"""What adds tensors that replace the base's; their weights sum to 1."""
+
+
+SHOWN = 3
+"""Filters named in one warning; the rest is counted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,19 +200,22 @@ class SettingsResolver:
             return f"expected {what}, found {leaf!r} ({info.description or 'see the parameter table'})"
         return None
 
-    def of(self, module: str, depth: float, *, is_matrix: bool = True) -> Settings:
+    def of(self, module: str, depth: float, *, is_matrix: bool = True, replaces: bool = False) -> Settings:
         """The settings of one module; ``problems`` must be empty.
 
         Args:
             module: its name.
             depth: where it lies in the model, from 0 to 1.
             is_matrix: whether it is a weight matrix; norms, biases and embeddings are merged in ``delta``.
+            replaces: whether its values replace those of the base: they are added by weight, whatever the method.
 
         Raises:
             StrategyError: the method has no way to merge what is not a matrix.
         """
         scope = self._matching(module)
-        if not is_matrix:
+        if replaces:
+            scope = self._in_place_of(scope, AVERAGING, {})
+        elif not is_matrix:
             scope = self._beside_matrices(scope)
         chosen = self._chosen(scope, module, depth)
         rule, recipe = scope.rule, self._recipe
@@ -213,7 +224,7 @@ class SettingsResolver:
         return Settings(
             group=self._group(scope, chosen, self._own(scope, module, depth)),
             weights=tuple(float(w) for w in self._weights(scope, module, depth)),
-            scale=scale_policy(recipe.scale if inherits_scale else rule.scale),  # type: ignore[arg-type, union-attr]
+            scale=FixedScale(1.0) if replaces else scale_policy(recipe.scale if inherits_scale else rule.scale),  # type: ignore[arg-type, union-attr]
             rank=(rule.rank if own_rank else recipe.output.rank) or scope.preset.default_rank,  # type: ignore[union-attr]
             has_own_rank=own_rank,
             is_rank_given=own_rank or recipe.output.rank is not None,
@@ -240,8 +251,11 @@ class SettingsResolver:
                 "Give these a rule with a method that works in delta, such as {match: 'regex:norm|bias|embed', "
                 "merge_method: linear}"
             )
-        name, parameters = strategy.stand_in
-        preset = self._registry.method(name)
+        return self._in_place_of(scope, *strategy.stand_in)
+
+    def _in_place_of(self, scope: _Scope, name: str, parameters: Mapping[str, Any]) -> _Scope:
+        """Another method in ``delta``, with the weights of this one."""
+        preset, delta = self._registry.method(name), self._registry.space(ELEMENTWISE_SPACE)
         weights = tuple(({k: v for k, v in source.items() if k == "weight"}, loc) for source, loc in scope.sources)
         sources = ((parameters, ()), *weights)
         return replace(
@@ -296,6 +310,25 @@ class SettingsResolver:
             lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise self._recipe.problem(scope.sources[0][1], f"'{scope.preset.name}': {lines}") from error
         return params
+
+
+def filter_warnings(recipe: Recipe, modules: Sequence[str]) -> Iterator[str]:
+    """A warning for each parameter with filters that take no module: they may be misspelt."""
+    parts = {
+        "": recipe.parameters,
+        **{f"models[{i}].": entry.parameters for i, entry in enumerate(recipe.models)},
+        **{f"rules[{i}].": rule.parameters for i, rule in enumerate(recipe.rules)},
+    }
+    for part, parameters in parts.items():
+        for name, value in parameters.items():
+            unused = unused_filters(value, modules)
+            if unused:
+                more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+                named = ", ".join(f"'{own}'" for own in unused[:SHOWN])
+                yield (
+                    f"{part}parameters.{name}: the filters {named}{more} take no module of the inputs: none matches, "
+                    "or filters before them take it"
+                )
 
 
 def _names(preset: Preset, space: type[Space]) -> frozenset[str]:

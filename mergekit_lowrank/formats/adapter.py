@@ -13,9 +13,10 @@ from typing import Protocol
 from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
+from mergekit_lowrank.formats.base import Checkpoint
 from mergekit_lowrank.formats.directory import new_directory, write_text
-from mergekit_lowrank.formats.peft import PeftCheckpoint
-from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
+from mergekit_lowrank.formats.peft import open_peft
+from mergekit_lowrank.formats.peft_config import CONFIG_NAME
 from mergekit_lowrank.formats.stream import SafetensorsStream
 from mergekit_lowrank.formats.tensors import TensorMapping
 
@@ -42,15 +43,17 @@ class Adapter:
     state_dict: Mapping[str, Tensor]
     config: Mapping[str, object] | ConfigLike
 
-    def open(self, *, label: str) -> PeftCheckpoint:
+    def open(self, *, label: str) -> Checkpoint:
         """The adapter as an input, with the same checks as one on disk.
 
         Raises:
             CheckpointError: what a directory with this content would raise.
         """
         where = f"adapter '{label}'"
-        config = PeftConfig.parse(self._config_mapping(where), where=f"{where}: config")
-        return PeftCheckpoint(TensorMapping(self.state_dict, where=where), config, label=label, location="in memory")
+        source = TensorMapping(self.state_dict, where=where)
+        return open_peft(
+            self._config_mapping(where), source, label=label, location="in memory", where=f"{where}: config"
+        )
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """The directory, written whole: ``adapter_model.safetensors`` and ``adapter_config.json``.

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
-from mergekit_lowrank.formats.base import Checkpoint, Format, ModuleHeader
-from mergekit_lowrank.formats.model import MODEL_CONFIG_NAME, ModelDirectory
+from mergekit_lowrank.filenames import ADAPTER_CONFIG, MODEL_CONFIG
+from mergekit_lowrank.formats.base import ADD_BASE, Checkpoint, Format, ModuleHeader
+from mergekit_lowrank.formats.model import ModelDirectory
 from mergekit_lowrank.formats.parameters import Renaming, is_output, matrix_shape
-from mergekit_lowrank.formats.peft_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from mergekit_lowrank.formats.peft_keys import Findings
 from mergekit_lowrank.lowrank import StreamedUpdate, blocks_of_rows
 
@@ -43,8 +43,9 @@ class WholeModel(Checkpoint):
         self.base_model = None
         self.fan_in_fan_out = model.fan_in_fan_out
         self.config = model.config
+        self.needs_base = "it is a whole model, of which the difference to its base is merged"
 
-    def against(self, base: ModelDirectory | None, dtype: torch.dtype) -> FineTune:
+    def against(self, base: ModelDirectory, dtype: torch.dtype) -> FineTune:
         """What was changed in the base to give this model.
 
         Args:
@@ -52,10 +53,8 @@ class WholeModel(Checkpoint):
             dtype: of the rows that its updates give.
 
         Raises:
-            CheckpointError: there is no base, or it has other parameters (named).
+            CheckpointError: the base has other parameters (named).
         """
-        if base is None:
-            self._refuse()
         return FineTune(self, base, dtype)
 
     def read(self, module: str) -> StreamedUpdate:
@@ -64,13 +63,7 @@ class WholeModel(Checkpoint):
         Raises:
             CheckpointError: always.
         """
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise CheckpointError(
-            f"{self.model.where} is a whole model, of which the difference to its base is merged, and no base is "
-            "given. Add 'base_model', the path of the model that it was tuned from, to the recipe."
-        )
+        raise CheckpointError(f"{self.model.where}: {self.needs_base}, and no base is given. {ADD_BASE}.")
 
 
 class FineTune(Checkpoint):
@@ -107,6 +100,19 @@ class FineTune(Checkpoint):
         header, rows = self.modules[module], self._columns if self._base.is_transposed(module) else self._rows
         return StreamedUpdate((header.d_out, header.d_in), self._dtype, torch.device("cpu"), partial(rows, module))
 
+    @property
+    def is_outline(self) -> bool:
+        """Whether data of the model or the base were left on the Hugging Face Hub."""
+        return self._model.source.is_outline or self._base.source.is_outline
+
+    def own_rows(self, module: str, where: slice) -> Tensor:
+        """Rows of the fine-tuned parameter itself, as it is stored.
+
+        Raises:
+            CheckpointError: the file can no longer be read.
+        """
+        return self._model.read_rows(self._model.key_of(self._own[module]), where)
+
     def _rows(self, module: str, where: slice) -> Tensor:
         """Rows of the difference of the matrices as they are stored, all finite.
 
@@ -137,7 +143,7 @@ class WholeModelFormat(Format):
 
     def recognises(self, path: Path) -> bool:
         """Whether the directory holds a model's configuration and weights, and no adapter."""
-        if not (path / MODEL_CONFIG_NAME).is_file() or (path / ADAPTER_CONFIG_NAME).is_file():
+        if not (path / MODEL_CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file():
             return False
         return any(
             file.is_file() for pattern in ("model*.safetensors*", "pytorch_model*.bin*") for file in path.glob(pattern)

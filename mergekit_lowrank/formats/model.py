@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError, nearest_name
+from mergekit_lowrank.filenames import ADAPTER_CONFIG, MODEL_CONFIG, MODEL_WEIGHTS
 from mergekit_lowrank.formats.base import ModuleHeader
 from mergekit_lowrank.formats.parameters import (
     Renaming,
@@ -25,23 +26,13 @@ from mergekit_lowrank.formats.parameters import (
     tie_order,
     ties_outputs,
 )
-from mergekit_lowrank.formats.peft_config import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from mergekit_lowrank.formats.peft_keys import Findings
 from mergekit_lowrank.formats.quantised import refuse_quantised_config, refuse_quantised_tensors
 from mergekit_lowrank.formats.tensors import TensorSource, TensorSpec, open_tensors
 from mergekit_lowrank.lowrank import blocks_of_rows
 
-__all__ = ["MODEL_CONFIG_NAME", "WEIGHT_FILES", "ModelDirectory"]
+__all__ = ["ModelDirectory"]
 
-MODEL_CONFIG_NAME = "config.json"
-
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""In the order in which transformers prefers them."""
 
 _COMPANIONS = (
     "*config.json",
@@ -64,6 +55,9 @@ _COMPANIONS = (
 )
 """What a model needs beside its weights, and its licence."""
 
+_WITH_OUTPUT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of models end that have an output layer ``lm_head``."""
+
 _BLOCK_ENTRIES = 1 << 20
 
 
@@ -75,7 +69,7 @@ class ModelDirectory:
     a matrix: (1, d) of a vector, (d_0, rest) of what has more than two dimensions.
 
     Args:
-        directory: with ``config.json`` and one of ``WEIGHT_FILES``.
+        directory: with ``config.json`` and one of ``MODEL_WEIGHTS``.
         where: what messages call it; "base model 'DIRECTORY'" when left out.
 
     Attributes:
@@ -107,7 +101,7 @@ class ModelDirectory:
     @property
     def files(self) -> tuple[Path, ...]:
         """``config.json`` and every file of weights."""
-        return (self.directory / MODEL_CONFIG_NAME, *self.source.files)
+        return (self.directory / MODEL_CONFIG, *self.source.files)
 
     @property
     def shards(self) -> Mapping[Path, tuple[str, ...]]:
@@ -143,8 +137,9 @@ class ModelDirectory:
             CheckpointError: some are not found, or are tied to an embedding that would change too; all of them.
         """
         wanted, findings = list(modules), Findings(self.where)
-        outputs = [name for name in wanted if self._is_tied_output(name)]
-        renaming = Renaming.between([name for name in wanted if name not in outputs], self._keys)
+        outputs = [name for name in wanted if self.is_tied_output(name)]
+        known = self._known
+        renaming = Renaming.between([name for name in wanted if name not in outputs], known)
         for name in outputs:
             findings.add(
                 "an output layer that is tied to the embedding, which would change with it",
@@ -153,12 +148,18 @@ class ModelDirectory:
             )
         found: dict[str, str] = {}
         for name in wanted:
-            if renaming(name) in self._keys:
-                found[name] = self._keys[renaming(name)]
+            if renaming(name) in known:
+                found[name] = known[renaming(name)]
             elif name not in outputs:
                 findings.add("modules that it lacks", f"'{name}'", self._advice_on_missing(wanted, renaming))
         findings.raise_all()
         return found
+
+    @cached_property
+    def _known(self) -> dict[str, str]:
+        """Tensors by module, and by the names that adapters have for them: of a convolution without ``.weight``."""
+        kernels = {key.removesuffix(".weight"): key for key in self._keys.values() if key.endswith(".weight")}
+        return {**{key: key for key in self._keys.values()}, **kernels, **self._keys}
 
     def module_of(self, key: str) -> str:
         """The module of a parameter, the inverse of ``key_of``."""
@@ -190,6 +191,17 @@ class ModelDirectory:
         """The other tensors that must stay equal to this one."""
         return tuple(other for group in self.tied if key in group for other in group if other != key)
 
+    def outputs_tied_to(self, module: str) -> tuple[str, ...]:
+        """The output layers that are one parameter with an embedding, whether they are stored or not."""
+        if not ties_outputs(self.config) or tie_order(self._keys[module])[0] >= tie_order("")[0]:
+            return ()
+        stored = tuple(key.removesuffix(".weight") for key in self.partners(self._keys[module]) if is_output(key))
+        if stored or any(map(is_output, self._keys)):
+            return stored
+        architectures = self.config.get("architectures")
+        names = architectures if isinstance(architectures, list) else []
+        return ("lm_head",) if any(str(name).endswith(_WITH_OUTPUT) for name in names) else ()
+
     def may_be_tied(self, key: str) -> bool:
         """Whether a tensor of this name may be one parameter with another."""
         return ties_outputs(self.config) if is_output(key) else has_tied_name(key)
@@ -203,6 +215,19 @@ class ModelDirectory:
         if len(self.source.specs[key].shape) < 2:
             return self.source.read(key).reshape(1, -1)[where]
         return self.source.read_rows(key, where).flatten(1)
+
+    def rows(self, module: str, where: slice) -> Tensor:
+        """(rows, d_in): rows of the weight as updates have it, even where it is stored as (in, out).
+
+        Raises:
+            CheckpointError: the file can no longer be read.
+        """
+        key = self._keys[module]
+        if not self.is_transposed(module):
+            return self.read_rows(key, where)
+        stored = matrix_shape(self.source.specs[key].shape)
+        blocks = blocks_of_rows(stored, _BLOCK_ENTRIES)
+        return torch.cat([self.read_rows(key, block)[:, where] for block in blocks]).T.contiguous()
 
     def _header(self, module: str, key: str) -> ModuleHeader:
         spec = self.source.specs[key]
@@ -220,7 +245,7 @@ class ModelDirectory:
             kind=kind_of(key, spec),
         )
 
-    def _is_tied_output(self, module: str) -> bool:
+    def is_tied_output(self, module: str) -> bool:
         """Whether an output layer is the same parameter as an embedding: stored once, or twice with the same values."""
         if not is_output(module) or not ties_outputs(self.config):
             return False
@@ -229,13 +254,15 @@ class ModelDirectory:
     def _are_equal(self, one: str, other: str) -> bool:
         if self.source.specs[one] != self.source.specs[other]:
             return False
+        if self.source.is_outline:  # the names and the configuration are all there is to go by
+            return True
         blocks = blocks_of_rows(matrix_shape(self.source.specs[one].shape), _BLOCK_ENTRIES)
         return all(
             torch.equal(_bits(self.read_rows(one, block)), _bits(self.read_rows(other, block))) for block in blocks
         )
 
     def _advice_on_missing(self, wanted: Sequence[str], renaming: Renaming) -> str:
-        missing = next(name for name in wanted if renaming(name) not in self._keys)
+        missing = next(name for name in wanted if renaming(name) not in self._known)
         nearest = nearest_name(missing, self._keys)
         similar = f"The nearest to '{missing}' is '{nearest}'. " if nearest else ""
         return f"{similar}Give the base that the inputs were tuned from; only one prefix of all names may differ."
@@ -247,19 +274,19 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _read_config(directory: Path, where: str) -> dict[str, object]:
-    path = directory / MODEL_CONFIG_NAME
+    path = directory / MODEL_CONFIG
     if not directory.is_dir():
         raise CheckpointError(
-            f"{where}: there is no such directory. Expected a Hugging Face model: a directory with {MODEL_CONFIG_NAME} "
-            f"and {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]}, or the index of their shards."
+            f"{where}: there is no such directory. Expected a Hugging Face model: a directory with {MODEL_CONFIG} "
+            f"and {MODEL_WEIGHTS[0]}, {MODEL_WEIGHTS[2]}, or the index of their shards."
         )
     if not path.is_file():
         advice = (
-            f"It is an adapter ({ADAPTER_CONFIG_NAME}): give the model that it was tuned from."
-            if (directory / ADAPTER_CONFIG_NAME).is_file()
+            f"It is an adapter ({ADAPTER_CONFIG}): give the model that it was tuned from."
+            if (directory / ADAPTER_CONFIG).is_file()
             else "Expected a Hugging Face model directory: download it again."
         )
-        raise CheckpointError(f"{where}: {directory} has no {MODEL_CONFIG_NAME}. {advice}")
+        raise CheckpointError(f"{where}: {directory} has no {MODEL_CONFIG}. {advice}")
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -270,12 +297,12 @@ def _read_config(directory: Path, where: str) -> dict[str, object]:
 
 
 def _weight_file(directory: Path, where: str) -> Path:
-    found = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    found = next((directory / name for name in MODEL_WEIGHTS if (directory / name).is_file()), None)
     if found is None:
         shards = [path.name for pattern in ("model-*", "pytorch_model-*") for path in sorted(directory.glob(pattern))]
         without = f"; it holds '{shards[0]}', a shard, but no index" if shards else ""
         raise CheckpointError(
-            f"{where}: {directory} has none of {', '.join(WEIGHT_FILES)}{without}. Download all of it."
+            f"{where}: {directory} has none of {', '.join(MODEL_WEIGHTS)}{without}. Download all of it."
         )
     return found
 
@@ -295,4 +322,4 @@ def _check_types(specs: Mapping[str, TensorSpec], where: str) -> None:
 
 def _companions(directory: Path) -> Iterator[Path]:
     found = {path for pattern in _COMPANIONS for path in directory.glob(pattern) if path.is_file()}
-    yield from sorted(path for path in found if path.name != ADAPTER_CONFIG_NAME)
+    yield from sorted(path for path in found if path.name != ADAPTER_CONFIG)

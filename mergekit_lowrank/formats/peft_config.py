@@ -10,13 +10,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from mergekit_lowrank.errors import CheckpointError, nearest_name, raise_together
+from mergekit_lowrank.filenames import ADAPTER_CONFIG
 
-__all__ = ["CONFIG_NAME", "PeftConfig", "read_config"]
+__all__ = ["CONFIG_NAME", "PeftConfig", "read_raw_config"]
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_CONFIG
 
 _Value = TypeVar("_Value")
 
@@ -47,11 +57,6 @@ _PLAIN = "Train or export it as a plain LoRA."
 _FOLD = "Fold it into its base model and extract a plain LoRA from the difference."
 
 _REFUSED: Mapping[str, str] = {
-    "use_dora": f"DoRA rescales the columns of the base weights, so its update is not low-rank. {_FOLD}",
-    "lora_bias": f"the bias of lora_B is not part of the low-rank update. {_PLAIN}",
-    "modules_to_save": "whole modules are stored, and a merge of factors would drop them. Train without them.",
-    "trainable_token_indices": "rows of embeddings are stored whole, and a merge would drop them. Train without them.",
-    "target_parameters": "factors of a fused parameter hold several experts at once. Target modules instead.",
     "layer_replication": "it changes which layers the base has. Train on the replicated model, saved on its own.",
     "megatron_config": "Megatron layers split factors across devices. Convert the adapter to Hugging Face layers.",
     "use_qalora": f"QALoRA pools the input before lora_A, so its update is not lora_B @ lora_A. {_FOLD}",
@@ -81,6 +86,20 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tokens(value: object) -> object:
+    """Lists as tuples, one level down too."""
+    if isinstance(value, Mapping):
+        return {key: _as_tuple(item) for key, item in value.items()}
+    return _as_tuple(value)
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+_Token = Annotated[int, Field(ge=0)]
+_Tokens = Annotated[tuple[_Token, ...] | dict[str, tuple[_Token, ...]] | None, BeforeValidator(_tokens)]
 _Regex = Annotated[str, AfterValidator(_compilable)]
 
 
@@ -100,6 +119,12 @@ class PeftConfig(BaseModel):
     rank_pattern: dict[_Regex, PositiveInt] = Field(default_factory=dict)
     alpha_pattern: dict[_Regex, FiniteFloat] = Field(default_factory=dict)
     fan_in_fan_out: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: _Names = ()
+    trainable_token_indices: _Tokens = None
+    target_parameters: _Names = ()
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = None
@@ -130,6 +155,25 @@ class PeftConfig(BaseModel):
         alpha = _first_match(self._alphas, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows of an embedding that were trained; None where the configuration names none of it."""
+        given = self.trainable_token_indices
+        if isinstance(given, dict):
+            return next((rows for name, rows in given.items() if _names(name, module)), None)
+        return given
+
+    def saved_under(self, module: str) -> str | None:
+        """What ``modules_to_save`` calls a module that holds a tensor, or one above it; None where it does not."""
+        parts = module.split(".")
+        above = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        return next((name for name in self.modules_to_save if any(_names(name, path) for path in above)), None)
+
+    def parameters_of(self, path: str) -> tuple[str, ...]:
+        """``target_parameters``, where any is of the module at ``path``; else none."""
+        module = re.sub(r"(\.base_layer)+$", "", path)
+        own = (name.rpartition(".") for name in self.target_parameters)
+        return self.target_parameters if any(_names(holder, module) for holder, _, _ in own) else ()
+
     @cached_property
     def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
         return [(_compiled(pattern), rank) for pattern, rank in self.rank_pattern.items()]
@@ -139,11 +183,11 @@ class PeftConfig(BaseModel):
         return [(_compiled(pattern), alpha) for pattern, alpha in self.alpha_pattern.items()]
 
 
-def read_config(path: Path, *, where: str) -> PeftConfig:
-    """The configuration in a file.
+def read_raw_config(path: Path, *, where: str) -> dict[str, object]:
+    """The configuration in a file, unchecked.
 
     Raises:
-        CheckpointError: it is not a JSON object, or ``PeftConfig.parse`` refuses it.
+        CheckpointError: it is not a JSON object.
     """
     try:
         raw = json.loads(path.read_bytes())
@@ -151,7 +195,12 @@ def read_config(path: Path, *, where: str) -> PeftConfig:
         raise CheckpointError(f"{where}: {path} is not readable as JSON: {error}. Download it again.") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where}: {path} holds a {type(raw).__name__}; expected a JSON object.")
-    return PeftConfig.parse(raw, where=f"{where}: {path.name}")
+    return raw
+
+
+def _names(target: str, module: str) -> bool:
+    """Whether ``target`` is a module's name or the last parts of it, as peft matches its lists of names."""
+    return module == target or module.endswith(f".{target}")
 
 
 def _first_match(patterns: list[tuple[re.Pattern[str], _Value]], module: str, default: _Value) -> _Value:
@@ -160,7 +209,7 @@ def _first_match(patterns: list[tuple[re.Pattern[str], _Value]], module: str, de
 
 def _unhandled_fields(raw: Mapping[str, object]) -> Iterator[str]:
     """A message for each field that is set and neither honoured nor without effect."""
-    special = {"bias": _judge_bias, "init_lora_weights": _judge_initialisation}
+    special = {"init_lora_weights": _judge_initialisation}
     known = {*PeftConfig.model_fields, *_IGNORED, *_REFUSED, *special} - {"raw"}
     for name, value in raw.items():
         if name in special:
@@ -174,11 +223,6 @@ def _unhandled_fields(raw: Mapping[str, object]) -> Iterator[str]:
                 + (f"; did you mean '{guess}'? " if guess else ". ")
                 + "Remove it if it does not change what the adapter computes."
             )
-
-
-def _judge_bias(value: object) -> Iterator[str]:
-    if value != "none" and not _is_unset(value):
-        yield f"'bias' is {_short(value)}: trained biases would be dropped. Train with bias='none'."
 
 
 def _judge_initialisation(value: object) -> Iterator[str]:
@@ -202,7 +246,7 @@ def _invalid_fields(error: ValidationError) -> Iterator[str]:
         if problem["type"] == "missing":
             yield f"'{field}' is missing. Every LoRA configuration has it: download {CONFIG_NAME} again."
         elif field == "peft_type":
-            yield f"'peft_type' is {_short(problem['input'])}; only LORA adapters can be merged."
+            yield f"'peft_type' is {_short(problem['input'])}; expected LORA, ADALORA, LOHA, LOKR or VERA."
         else:
             reason = problem["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
             yield f"'{field}' is {_short(problem['input'])}: {reason}."

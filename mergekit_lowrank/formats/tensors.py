@@ -24,8 +24,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
+from mergekit_lowrank.filenames import OUTLINE_MARK
 
-__all__ = ["DTYPES", "SafetensorsFile", "ShardedTensors", "TensorMapping", "TensorSource", "TensorSpec", "open_tensors"]
+__all__ = [
+    "DTYPES",
+    "SafetensorsFile",
+    "ShardedTensors",
+    "TensorMapping",
+    "TensorSource",
+    "TensorSpec",
+    "open_tensors",
+]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -43,6 +52,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """The types this package stores and reads, by their names in safetensors headers."""
 
+_SHOWN_CHARACTERS = 300  # of a message about a corrupt file, which may quote all of it
 _HEADER_LENGTH_BYTES = 8  # little-endian, https://github.com/huggingface/safetensors#format
 
 
@@ -73,10 +83,12 @@ class TensorSource(ABC):
     Attributes:
         files: the files it consists of; empty for tensors in memory.
         specs: type and shape by name, in the order in which the data lie.
+        is_outline: whether some of the data were left on the Hugging Face Hub, for a plan; to read them is an error.
     """
 
     files: tuple[Path, ...]
     specs: Mapping[str, TensorSpec]
+    is_outline: bool = False
 
     @property
     def identity(self) -> object:
@@ -127,7 +139,7 @@ class SafetensorsFile(TensorSource):
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
-        header, data_start = _read_safetensors_header(path)
+        header, data_start, self.is_outline = _read_safetensors_header(path)
         ordered = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
         self.specs = {key: _spec(entry, key=key, path=path) for key, entry in ordered}
         self._positions = {key: data_start + entry["data_offsets"][0] for key, entry in ordered}
@@ -148,6 +160,8 @@ class SafetensorsFile(TensorSource):
     def _read_bytes(self, key: str, begin: int, size_bytes: int) -> Tensor:
         """Bytes of one tensor, from its ``begin``-th on. Each call opens the file anew: threads share no position."""
         (path,), spec = self.files, self.specs[key]
+        if self.is_outline:
+            raise CheckpointError(f"{path}: tensor '{key}' was not fetched: only the header was, for a plan.")
         buffer = torch.empty(size_bytes, dtype=torch.uint8)
         try:
             with path.open("rb") as file:
@@ -175,6 +189,8 @@ class TensorMapping(TensorSource):
     def __init__(self, tensors: Mapping[str, Tensor], *, where: str, files: tuple[Path, ...] = ()) -> None:
         for key, value in tensors.items():
             _check_dense(key, value, where)
+            if files:
+                _check_stored(key, value, where)
         self.files = files
         self.specs = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         self._tensors = dict(tensors)
@@ -220,6 +236,7 @@ class ShardedTensors(TensorSource):
         self.specs = {key: spec for shard in shards.values() for key, spec in shard.specs.items()}
         self._shards = {key: shards[name] for key, name in weight_map.items()}
         self._files = {file: keys for shard in shards.values() for file, keys in shard.shards.items()}
+        self.is_outline = any(shard.is_outline for shard in shards.values())
 
     @property
     def shards(self) -> Mapping[Path, tuple[str, ...]]:
@@ -239,8 +256,8 @@ def _from_memory(tensors: Mapping[str, Tensor]) -> TensorMapping:
     return TensorMapping(tensors, where="in memory")
 
 
-def _read_safetensors_header(path: Path) -> tuple[dict[str, _HeaderEntry], int]:
-    """The entries of a header that the library has found valid, and the position at which the data start."""
+def _read_safetensors_header(path: Path) -> tuple[dict[str, _HeaderEntry], int, bool]:
+    """The entries of a header that the library has found valid, where the data start, and whether there are none."""
     try:
         with safe_open(path, framework="pt", device="cpu"):
             pass
@@ -253,8 +270,8 @@ def _read_safetensors_header(path: Path) -> tuple[dict[str, _HeaderEntry], int]:
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from error
-    header.pop("__metadata__", None)
-    return header, _HEADER_LENGTH_BYTES + length
+    metadata = header.pop("__metadata__", None) or {}
+    return header, _HEADER_LENGTH_BYTES + length, OUTLINE_MARK in metadata
 
 
 def _spec(entry: _HeaderEntry, *, key: str, path: Path) -> TensorSpec:
@@ -288,19 +305,30 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on the pickle protocol: what matters of it becomes an error below
             # Only zip archives, PyTorch's layout since 1.6, can be mapped; older files are read whole.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            is_archive = zipfile.is_zipfile(path)
+            if is_archive:
+                _check_not_packed(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_why_refused(str(error))}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from error
     except Exception as error:  # unpickling a corrupt file can raise anything
-        reason = str(error).split(". ")[0] or "unexpected end of file"
+        reason = str(error)[:_SHOWN_CHARACTERS].split(". ")[0] or "unexpected end of file"
         raise CheckpointError(
             f"{path}: not a valid PyTorch file ({type(error).__name__}: {reason}). Copy or download it again."
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; expected a dictionary of tensors by name.")
     return loaded
+
+
+def _check_not_packed(path: Path) -> None:
+    """Refuse an archive that grows when it is unpacked; PyTorch stores records as they are."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"the record '{packed[0]}' is compressed, and PyTorch never does that")
 
 
 def _why_refused(message: str) -> str:
@@ -327,6 +355,16 @@ def _check_dense(key: object, value: object, where: str) -> None:
         raise CheckpointError(
             f"{where}: tensor '{key}' is sparse, quantised or without data; expected a dense tensor. Save it with "
             ".to_dense() or .dequantize()."
+        )
+
+
+def _check_stored(key: str, value: Tensor, where: str) -> None:
+    """Refuse a tensor that repeats what it stores: a few bytes of a file may show any number of values like that."""
+    stored_bytes = value.untyped_storage().nbytes()
+    if value.nbytes > stored_bytes:
+        raise CheckpointError(
+            f"{where}: tensor '{key}' {list(value.shape)} repeats the {stored_bytes} bytes that it stores; expected a "
+            "tensor that is stored whole. Save it with .contiguous()."
         )
 
 

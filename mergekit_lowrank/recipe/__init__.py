@@ -2,13 +2,24 @@
 
 from mergekit_lowrank.recipe.document import write_yaml
 from mergekit_lowrank.recipe.execution import Execution
-from mergekit_lowrank.recipe.models import InMemoryAdapter, ModelEntry, Recipe, Retention, Rule, Scale, recipe_schema
+from mergekit_lowrank.recipe.hub import HubId
+from mergekit_lowrank.recipe.models import (
+    From,
+    InMemoryAdapter,
+    ModelEntry,
+    Recipe,
+    Retention,
+    Rule,
+    Scale,
+    recipe_schema,
+)
 from mergekit_lowrank.recipe.origin import Loc
+from mergekit_lowrank.recipe.outlines import Outlines
 from mergekit_lowrank.recipe.output import Budget, Energy, ErrorBound, Output, Rank, RuleRank
 from mergekit_lowrank.recipe.references import resolve_directory, resolve_model
 from mergekit_lowrank.recipe.sizes import bytes_of, parse_bytes
 from mergekit_lowrank.recipe.source import load_recipe, parse_recipe
-from mergekit_lowrank.recipe.values import Depths, Filtered, Scalar, Value, leaves, matches, resolve
+from mergekit_lowrank.recipe.values import Depths, Filtered, Scalar, Value, leaves, matches, resolve, unused_filters
 
 __all__ = [
     "Budget",
@@ -17,9 +28,12 @@ __all__ = [
     "ErrorBound",
     "Execution",
     "Filtered",
+    "From",
+    "HubId",
     "InMemoryAdapter",
     "Loc",
     "ModelEntry",
+    "Outlines",
     "Output",
     "Rank",
     "Recipe",
@@ -39,5 +53,6 @@ __all__ = [
     "resolve",
     "resolve_directory",
     "resolve_model",
+    "unused_filters",
     "write_yaml",
 ]

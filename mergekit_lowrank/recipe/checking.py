@@ -13,6 +13,7 @@ from mergekit_lowrank.recipe.origin import Loc, Origin, Place
 from mergekit_lowrank.recipe.overrides import changed, overridden, parse_path, replaced, with_scale_for_lambda
 from mergekit_lowrank.recipe.problems import problems_in
 from mergekit_lowrank.recipe.sweep import Change, Variant, variants_in
+from mergekit_lowrank.recipe.weight_files import with_files_read
 
 __all__ = ["checked", "document_of", "variants_of"]
 
@@ -25,7 +26,7 @@ def checked(document: Document, origin: Origin, overrides: Sequence[str] = ()) -
     """
     for override in overrides:
         document = overridden(document, override)
-    document = with_scale_for_lambda(document)
+    document = with_files_read(with_scale_for_lambda(document), origin)
     origin = Origin(origin.name, origin.directory, document.places)
     try:
         recipe = Recipe.model_validate(document.data)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, model_serializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from mergekit_lowrank.errors import RecipeError
@@ -18,7 +18,7 @@ from mergekit_lowrank.recipe.strict import LIST_TO_TUPLE, Strict, expected, refu
 from mergekit_lowrank.recipe.sweep import Sweep
 from mergekit_lowrank.recipe.values import INT64_MAX, Parameters, Pattern, Text
 
-__all__ = ["InMemoryAdapter", "ModelEntry", "Recipe", "Retention", "Rule", "Scale", "recipe_schema"]
+__all__ = ["From", "InMemoryAdapter", "ModelEntry", "Recipe", "Retention", "Rule", "Scale", "recipe_schema"]
 
 IN_MEMORY = "<in-memory adapter>"
 """How an adapter that was never a file appears in written recipes."""
@@ -67,6 +67,23 @@ class Retention(Strict):
 
     retention: float = Field(gt=0, le=MAX_RETENTION, description="The share of the inputs that survives the merge.")
 
+
+class From(Strict):
+    """The tensors of one model."""
+
+    model: Text = Field(
+        alias="from", description="A model of the recipe, by its path or label, or `base_model` for none of them."
+    )
+
+    @model_serializer
+    def _as_written(self) -> dict[str, str]:
+        return {"from": self.model}
+
+
+Extras: TypeAlias = Annotated[
+    Literal["error", "average", "delta"] | From,
+    told_as("'error', 'average', 'delta' or {from: a model of the recipe, or base_model}", "error", "average", "delta"),
+]
 
 Scale: TypeAlias = Annotated[
     float | Literal["auto"] | Retention,
@@ -163,6 +180,18 @@ class Recipe(Strict):
         default="zero",
         description="For a module that some inputs lack. `zero`: they contribute nothing there; `present`: the weights "
         "are renormalised over those that have it; `error`: refuse.",
+    )
+    extras: Extras = Field(
+        default="error",
+        description="For tensors that are no low-rank factors: modules saved whole, biases, trained token rows, "
+        "projectors; of fine-tunes that become an adapter also norms. `error`: refuse, naming them; `average`: by "
+        "weight (of one input: that input's); `delta`: their differences to `base_model`, merged as all else; "
+        "`{from: MODEL}`: those of one model, or of `base_model`, which leaves them out.",
+    )
+    tokenizer_source: Text | None = Field(
+        default=None,
+        description="Whose tokenizer and chat template go with the output: `base`, or a model of the recipe. When left "
+        "out, all that have one must agree.",
     )
     rules: Annotated[tuple[Rule, ...], LIST_TO_TUPLE] = Field(
         default=(), description="Other settings for some modules; the first rule that matches wins."

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from mergekit_lowrank.recipe.sizes import Size, bytes_of, parse_bytes
 from mergekit_lowrank.recipe.strict import LIST_TO_TUPLE, Strict, expected, refused, told_as
+from mergekit_lowrank.recipe.values import Text
 
 __all__ = ["Budget", "Energy", "ErrorBound", "Output", "Rank", "RuleRank"]
 
@@ -59,13 +60,20 @@ def _ascends(ranks: Literal["vllm"] | tuple[int, ...]) -> Literal["vllm"] | tupl
     return ranks
 
 
+TARGETS = ("vllm", "sglang", "llama.cpp", "diffusers", "comfyui")
+
 Snap: TypeAlias = Annotated[
     Literal["vllm"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), LIST_TO_TUPLE],
     told_as("'vllm', or a list of whole numbers of at least 1", "vllm"),
     AfterValidator(_ascends),
 ]
 
-ADAPTER_ONLY = ("uniform_rank", "snap", "balance")
+Target: TypeAlias = Annotated[
+    Literal["vllm", "sglang", "llama.cpp", "diffusers", "comfyui"],
+    told_as("'vllm', 'sglang', 'llama.cpp', 'diffusers' or 'comfyui'", *TARGETS),
+]
+
+ADAPTER_ONLY = ("uniform_rank", "snap", "balance", "format", "target")
 """Keys that say how factors are written; a model has none."""
 
 
@@ -98,6 +106,17 @@ class Output(Strict):
         default=False,
         description="Split the singular values evenly: B = U·√S, A = √S·Vᵀ. The same update, to rounding. Adapters "
         "only.",
+    )
+    format: Text = Field(
+        default="peft",
+        description="The dialect that an adapter is written in: `peft`, `gguf` (llama.cpp), or a plugin's, such as "
+        "`kohya` and `diffusers`. `mergekit-lowrank plugins` lists them. Adapters only.",
+    )
+    target: Target | None = Field(
+        default=None,
+        description="The server that is to load the adapter: `vllm`, `sglang`, `llama.cpp`, `diffusers` or `comfyui`. "
+        "Sets `format` and `snap` where they are left out, and refuses what the server would drop or misapply. "
+        "Adapters only.",
     )
     shard_size: Size | None = Field(
         default=None,

@@ -17,17 +17,14 @@ from mergekit_lowrank.recipe.values import PARAMETERS_INSTEAD, Filtered
 
 __all__ = ["problems_in"]
 
-NO_TOKENIZER = (
-    "adapters hold no tokenizer, and output.kind: model copies that of base_model; put another one there yourself"
-)
+NO_CHAT_TEMPLATE = "it goes with the tokenizer; write tokenizer_source: with the model whose template is to be kept"
 
 INSTEAD = {
     **PARAMETERS_INSTEAD,
     "slices": "modules are merged by name; to treat layers differently use a list over depth, {filter, value} or rules",
     "modules": "use 'rules' to treat parts of a model differently",
-    "tokenizer_source": NO_TOKENIZER,
-    "tokenizer": NO_TOKENIZER,
-    "chat_template": NO_TOKENIZER,
+    "tokenizer": "write tokenizer_source: base, or a model of the recipe",
+    "chat_template": NO_CHAT_TEMPLATE,
     "out_shard_size": "write 'shard_size' under 'output', beside kind: model",
     **dict.fromkeys(("kind", "rank", "shard_size"), "write it under 'output'"),
     **dict.fromkeys(("memory", "vram", "device", "executor", "workers"), "write it under 'execution'"),

@@ -32,7 +32,7 @@ RESERVED = "sweep.json"
 """What stands beside the variants in their directory."""
 
 _FIXED_OUTPUT = (("output",), ("output", "kind"), ("output", "shard_size"))
-_FIXED = ("models", "base_model", "dtype", "execution", "sweep")
+_FIXED = ("models", "base_model", "dtype", "extras", "execution", "sweep")
 _SAFE_NAME = re.compile(rf"\w[\w.,=+-]{{0,{MAX_NAME - 1}}}(?<!\.)", re.ASCII)
 _SAFE = (
     f"at most {MAX_NAME} of the characters A-Z a-z 0-9 _ . , = + -, the first a letter, a digit or _, the last not ."
@@ -49,8 +49,8 @@ def _is_swept(path: str) -> str:
     is_of_input = len(loc) > 3 and loc[0] == "models" and loc[2] == "parameters"
     if (loc[0] in _FIXED and not is_of_input) or loc in _FIXED_OUTPUT:
         raise refused(
-            f"{shown(path)} cannot be swept: the inputs, the base model, output.kind, output.shard_size, dtype and "
-            "execution are the same in all variants; write a second recipe"
+            f"{shown(path)} cannot be swept: the inputs, the base model, output.kind, output.shard_size, dtype, extras "
+            "and execution are the same in all variants; write a second recipe"
         )
     return path
 

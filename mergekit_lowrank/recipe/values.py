@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, cast
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, GetJsonSchemaHandler, Tag
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from mergekit_lowrank.recipe.origin import Loc, shown
 from mergekit_lowrank.recipe.strict import LIST_TO_TUPLE, Strict, expected, refused, told_as
@@ -26,6 +28,7 @@ __all__ = [
     "leaves",
     "matches",
     "resolve",
+    "unused_filters",
 ]
 
 INT64_MAX = 2**63 - 1
@@ -89,7 +92,9 @@ Scalar = Annotated[
     | Annotated[int, Field(strict=True, ge=-INT64_MAX, le=INT64_MAX)]
     | Annotated[float, Field(strict=True, allow_inf_nan=False)]
     | Annotated[str, Field(strict=True)],
-    told_as("a finite number, text, true, false or a list (of numbers over depth, or of {filter, value})"),
+    told_as(
+        "a finite number, text, true, false or a list (of numbers over depth, or of {filter, value}), or {file: PATH}"
+    ),
 ]
 
 Gradient = Annotated[tuple[Number, ...], Field(min_length=1), LIST_TO_TUPLE]
@@ -111,9 +116,24 @@ class Filtered(Strict):
 
 Filters = Annotated[tuple[Filtered, ...], LIST_TO_TUPLE, AfterValidator(_default_comes_last)]
 
+
+class _OrFile:
+    """Adds ``{file: PATH}`` to a JSON Schema. A file is read, and put in as filters, before a recipe is checked."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        inner = handler(schema)
+        file = {"file": {"type": "string", "minLength": 1}}
+        inner["oneOf"].append(
+            {"type": "object", "properties": file, "required": ["file"], "additionalProperties": False}
+        )
+        return inner
+
+
 Value = Annotated[
     Annotated[Scalar, Tag("<scalar>")] | Annotated[Gradient, Tag("<gradient>")] | Annotated[Filters, Tag("<filters>")],
     Discriminator(_shape),
+    _OrFile,
 ]
 """A scalar; a list of numbers, interpolated over depth; or a list of ``{filter, value}``, the first match wins."""
 
@@ -161,6 +181,15 @@ def resolve(value: Value, module: str, *, depth: float) -> Scalar | None:
         if entry.filter is None or matches(entry.filter, module):
             return resolve(entry.value, module, depth=depth)
     return None
+
+
+def unused_filters(value: Value, modules: Sequence[str]) -> list[str]:
+    """The filters of ``value`` that take none of the modules: no name matches, or filters before them take it."""
+    if not isinstance(value, tuple) or not isinstance(value[0], Filtered):
+        return []
+    filters = [entry.filter or "*" for entry in value]
+    used = {next((own for own in filters if matches(own, module)), None) for module in modules}
+    return [own for own in dict.fromkeys(filters) if own not in used and own != "*"]
 
 
 def _interpolate(points: Sequence[float], depth: float) -> float:

@@ -179,7 +179,7 @@ class FormatContract(Contract):
         merged = merge(recipe, registry=self.registry()).open(label="merged")
         for name in SHAPES:
             expected = _delta(inputs[0][name]) + _delta(inputs[1][name])
-            found = _delta(merged.read(name))
+            found = _delta(_read(merged, name))
             assert_close(found, expected, max(ROUNDING[self.dtypes[0]], 1e-4), f"module '{name}'")
 
     def test_the_format_is_documented(self) -> None:

@@ -325,9 +325,13 @@ class TestFineTunes:
         for key in outputs[0]:
             assert torch.allclose(outputs[0][key], outputs[1][key], rtol=1e-7, atol=1e-9), key
 
-    def test_an_adapter_cannot_hold_them(self, tuned) -> None:
-        with pytest.raises(MergeError, match="whose norms and biases no adapter holds") as caught:
-            plan(recipe_of([tuned / "tune1"], tuned / "base", output={"kind": "adapter"}))
+    def test_an_adapter_holds_their_norms_only_where_the_recipe_says_so(self, tuned) -> None:
+        with pytest.raises(MergeError, match=r"'tune1' holds 5 tensors that are no low-rank factors: '.*layernorm.*"):
+            plan(recipe_of([tuned / "tune1"], tuned / "base", output={"kind": "adapter", "rank": 4}))
+
+    def test_an_adapter_of_them_needs_a_rank(self, tuned) -> None:
+        with pytest.raises(MergeError, match="its update has full rank, as of DoRA and of fine-tunes") as caught:
+            plan(recipe_of([tuned / "tune1"], tuned / "base", output={"kind": "adapter"}, extras="average"))
         assert "output: {kind: model}" in str(caught.value)
 
     @pytest.mark.parametrize("method", ["robustmerge", "core_ties"])

@@ -1,0 +1,399 @@
+"""What adapters hold beside low-rank factors, and fine-tunes beside matrices, under the recipe's ``extras`` policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mergekit_lowrank.errors import CheckpointError, IncompatibleInputsError, MergeError, raise_together
+from mergekit_lowrank.formats import (
+    Checkpoint,
+    Derived,
+    Embedding,
+    Extra,
+    Factored,
+    FineTune,
+    Layout,
+    ModelDirectory,
+    ModuleHeader,
+    TokenRow,
+    Whole,
+)
+from mergekit_lowrank.formats.layouts import PREFIX
+from mergekit_lowrank.formats.parameters import is_output, matrix_shape
+from mergekit_lowrank.lowrank import InputUpdate, StreamedUpdate, blocks_of_rows
+from mergekit_lowrank.recipe import From, Recipe
+
+__all__ = ["needs_base", "with_extras"]
+
+BASE = "base_model"
+SHOWN = 3
+BLOCK_ENTRIES = 1 << 20
+
+_ADVICE = (
+    "Say what becomes of them with 'extras' in the recipe: average (of one input: that input), {{from: {label}}}, "
+    "delta (merged as differences to base_model), or {{from: base_model}} to leave them out"
+)
+
+
+def needs_base(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether what lies beside the factors can be merged only with the base at hand."""
+    return recipe.extras == "delta" and any(checkpoint.extras for checkpoint in checkpoints)
+
+
+def with_extras(
+    checkpoints: Sequence[Checkpoint], recipe: Recipe, base: ModelDirectory | None, dtype: torch.dtype
+) -> list[Checkpoint]:
+    """The inputs with what lies beside their factors as modules of their own, as the recipe has it.
+
+    Args:
+        checkpoints: the inputs, those that need the base already compared with it.
+        recipe: its ``extras`` and the kind of its output.
+        base: the base model, where it is open.
+        dtype: of the rows that updates give.
+
+    Raises:
+        MergeError: there are such tensors and the recipe says nothing of them, or they cannot be merged as it says.
+    """
+    if recipe.output.kind == "adapter":
+        checkpoints = [_as_adapter(own, base) if isinstance(own, FineTune) else own for own in checkpoints]
+    if not any(own.extras for own in checkpoints):
+        return [*checkpoints]
+    if recipe.extras == "error":
+        raise_together([*_undecided(checkpoints, recipe)])
+    chosen = _chosen(checkpoints, recipe)
+    wrapped = {
+        name for own in checkpoints for name, header in own.modules.items() if isinstance(header.layout, Factored)
+    }
+    _refuse_both(checkpoints, wrapped)
+    policy = _Policy(recipe, base, dtype, frozenset(wrapped))
+    if recipe.output.kind == "model":
+        _refuse_other_rows(chosen)
+    return [_Extended(own, policy) if own in chosen and own.extras else own for own in checkpoints]
+
+
+def _undecided(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Iterator[MergeError]:
+    for index, checkpoint in enumerate(checkpoints):
+        extras = checkpoint.extras.values()
+        if extras:
+            named = ", ".join(f"'{extra.key}'" for extra in [*extras][:SHOWN])
+            more = f" and {len(extras) - SHOWN} more" if len(extras) > SHOWN else ""
+            advice = _ADVICE.format(label=checkpoint.label)
+            yield CheckpointError(
+                f"{recipe.where(('models', index, 'model'))}: '{checkpoint.label}' holds {len(extras)} tensors that "
+                f"are no low-rank factors: {named}{more}. {advice}."
+            )
+
+
+def _chosen(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> list[Checkpoint]:
+    """The inputs whose tensors count."""
+    if not isinstance(recipe.extras, From):
+        return [*checkpoints]
+    asked = recipe.extras.model
+    found = [own for own in checkpoints if asked in {own.label, own.location}]
+    if not found and asked != BASE:
+        labels = ", ".join(own.label for own in checkpoints)
+        raise recipe.problem(("extras", "from"), f"'{asked}' is none of the models ({labels}), nor base_model")
+    return found
+
+
+def _refuse_both(checkpoints: Sequence[Checkpoint], wrapped: set[str]) -> None:
+    for own in checkpoints:
+        for extra in own.extras.values():
+            module = extra.name.rpartition(".")[0]
+            if extra.saved_under and module in wrapped:
+                other = next(c for c in checkpoints if module in c.modules)
+                raise IncompatibleInputsError(
+                    f"module '{module}' is saved whole in '{own.label}' and has low-rank factors in '{other.label}'; "
+                    f"no adapter holds both. Leave one out, such as by extras: {{from: {BASE}}}"
+                )
+
+
+def _refuse_other_rows(chosen: Sequence[Checkpoint]) -> None:
+    """In a model, rows are averaged over all inputs that have any of an embedding."""
+    trained: dict[str, tuple[Checkpoint, tuple[int, ...]]] = {}
+    for own in chosen:
+        for extra in own.extras.values():
+            if extra.tokens is not None:
+                first, tokens = trained.setdefault(extra.name, (own, extra.tokens))
+                if set(tokens) != set(extra.tokens):
+                    raise IncompatibleInputsError(
+                        f"'{first.label}' and '{own.label}' trained other rows of '{extra.name}', which are merged row "
+                        "by row in an adapter only: write output: {kind: adapter}, and fold that"
+                    )
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """How tensors become modules.
+
+    Attributes:
+        recipe: what it says.
+        base: the base model, where it is open.
+        dtype: of the rows.
+        wrapped: modules with factors in any input.
+    """
+
+    recipe: Recipe
+    base: ModelDirectory | None
+    dtype: torch.dtype
+    wrapped: frozenset[str]
+
+    @property
+    def replaces(self) -> bool:
+        """Whether values stand for those of the base."""
+        return self.recipe.extras != "delta"
+
+    @property
+    def are_differences(self) -> bool:
+        """Whether what is merged are differences to the base, which is added again where the output is not the base."""
+        return not self.replaces or self.recipe.output.kind == "model"
+
+    def distinct(self, checkpoint: Checkpoint) -> list[Extra]:
+        """What is merged of an input: where the output is a model, one of two copies that are tied in it."""
+        extras = [*checkpoint.extras.values()]
+        if self.base is None or self.recipe.output.kind == "adapter":
+            return extras
+        copies = [own for own in extras if self.base.is_tied_output(own.name.removesuffix(".weight"))]
+        twins = {
+            own.name
+            for own in copies
+            for other in extras
+            if other not in copies
+            and (own.shape, own.tokens) == (other.shape, other.tokens)
+            and torch.equal(*(checkpoint.read_extra(name, slice(None)) for name in (own.name, other.name)))
+        }
+        return [own for own in extras if own.name not in twins]
+
+    def module(self, extra: Extra) -> str:
+        """The name of its module, by which inputs and the base meet."""
+        owner, _, own = extra.name.rpartition(".")
+        return owner if own == "weight" and len(extra.shape) == 2 and owner not in self.wrapped else extra.name
+
+    def key(self, extra: Extra) -> str:
+        """What the output calls it."""
+        if extra.in_side_file:
+            return extra.key
+        owner, _, own = extra.name.rpartition(".")
+        return f"{PREFIX}{owner}.base_layer.{own}" if owner in self.wrapped else PREFIX + extra.name
+
+    def base_key(self, extra: Extra) -> str | None:
+        """The parameter of the base that it is compared with; None where it is compared with nothing."""
+        if not self.are_differences:
+            return None
+        if self.base is None:
+            raise CheckpointError(
+                f"'{extra.name}' is merged as the difference to the base, and none is given: add 'base_model', the "
+                "path of the model that the inputs were tuned from"
+            )
+        module = extra.name.removesuffix(".weight")
+        key = self.base.keys_for([module if module in self.base.modules else extra.name]).popitem()[1]
+        shape = self.base.source.specs[key].shape
+        if extra.tokens is None and shape != extra.shape:
+            raise CheckpointError(f"'{extra.name}' is {list(extra.shape)}, and {list(shape)} in the base")
+        if extra.tokens is not None and (max(extra.tokens) >= shape[0] or extra.shape[1] != shape[1]):
+            raise CheckpointError(f"rows {max(extra.tokens)} of '{extra.name}' are beyond the base's {list(shape)}")
+        if self.base.is_transposed(self.base.module_of(key)):
+            raise CheckpointError(f"'{extra.name}' is stored as (in, out); train it as factors instead")
+        return key
+
+
+class _Extended(Derived):
+    """A checkpoint whose extras are modules.
+
+    Args:
+        checkpoint: whatever it is.
+        policy: how they become that.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, policy: _Policy) -> None:
+        super().__init__(checkpoint)
+        self._dtype = policy.dtype
+        self._readers: dict[str, Callable[[slice], Tensor]] = {}
+        modules = dict(checkpoint.modules)
+        for extra in policy.distinct(checkpoint):
+            for header, read in self._modules(extra, policy):
+                modules[header.name], self._readers[header.name] = header, read
+        self.modules = modules
+
+    def read(self, module: str) -> InputUpdate:
+        """The update of one module."""
+        if module not in self._readers:
+            return self.origin.read(module)
+        own = self.modules[module]
+        return StreamedUpdate((own.d_out, own.d_in), self._dtype, torch.device("cpu"), self._readers[module])
+
+    def _modules(self, extra: Extra, policy: _Policy) -> Iterator[tuple[ModuleHeader, Callable[[slice], Tensor]]]:
+        """The module of a tensor; of trained rows one for each."""
+        onto = policy.base_key(extra)
+        base = policy.base if onto else None
+        added = onto if policy.recipe.output.kind == "adapter" else None
+        key = policy.key(extra)
+        if extra.tokens is None:
+            layout: Layout = Whole(key, extra.shape, added, extra.saved_under, extra.in_side_file)
+            rows, columns = matrix_shape(extra.shape)
+            read = partial(_rows, self.origin, extra.name, 0, base, onto, 0, self._dtype)
+            yield self._header(policy.module(extra), extra, layout, rows, columns, policy), read
+            return
+        if policy.recipe.output.kind == "model":
+            yield self._scattered(extra, extra.tokens, onto, policy)
+            return
+        module = extra.name.removesuffix(".weight")
+        for row, token in enumerate(extra.tokens):
+            layout = TokenRow(extra.key, module, token, added)
+            read = partial(_rows, self.origin, extra.name, row, base, onto, token, self._dtype)
+            yield self._header(f"{module}[{token}]", extra, layout, 1, extra.shape[1], policy), read
+
+    def _scattered(
+        self, extra: Extra, tokens: tuple[int, ...], key: str | None, policy: _Policy
+    ) -> tuple[ModuleHeader, Callable[[slice], Tensor]]:
+        """Trained rows as the difference of the whole embedding, zero in all other rows."""
+        assert policy.base is not None  # noqa: S101 - the output is the base
+        assert key is not None  # noqa: S101 - and differences are added to it
+        rows, columns = policy.base.matrix_shape(key)
+        layout = Whole(key, (rows, columns))
+        read = _Scattered(self.origin, extra.name, tokens, policy.base, key, self._dtype)
+        return self._header(policy.module(extra), extra, layout, rows, columns, policy), read
+
+    def _header(
+        self, name: str, extra: Extra, layout: Layout, rows: int, columns: int, policy: _Policy
+    ) -> ModuleHeader:
+        return ModuleHeader(
+            name=name,
+            d_out=rows,
+            d_in=columns,
+            rank=min(rows, columns),
+            scaling=1.0,
+            dtype=extra.dtype,
+            stored_bytes=rows * columns * extra.dtype.itemsize,
+            is_dense=True,
+            kind="vector",
+            layout=layout,
+            replaces=policy.replaces,
+        )
+
+
+@dataclass(frozen=True)
+class _Scattered:
+    """Rows of an embedding's difference to the base, of which only trained ones are not zero.
+
+    Attributes:
+        checkpoint: that has them.
+        name: of the tensor with the trained rows.
+        tokens: their numbers.
+        base: what they are compared with.
+        key: the embedding there.
+        dtype: of the rows.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    tokens: tuple[int, ...]
+    base: ModelDirectory
+    key: str
+    dtype: torch.dtype
+
+    def __call__(self, where: slice) -> Tensor:
+        total, columns = self.base.matrix_shape(self.key)
+        start, stop, _ = where.indices(total)
+        rows = torch.zeros(stop - start, columns, dtype=self.dtype)
+        for row, token in enumerate(self.tokens):
+            if start <= token < stop:
+                rows[token - start] = _rows(
+                    self.checkpoint, self.name, row, self.base, self.key, token, self.dtype, slice(0, 1)
+                )[0]
+        return rows
+
+
+def _rows(
+    checkpoint: Checkpoint,
+    name: str,
+    first: int,
+    base: ModelDirectory | None,
+    key: str | None,
+    base_first: int,
+    dtype: torch.dtype,
+    where: slice,
+) -> Tensor:
+    """Rows of a tensor, or of its difference to the base, as new memory.
+
+    Args:
+        checkpoint: that has it.
+        name: of the tensor.
+        first: the row of it that is row 0.
+        base: what it is compared with; None for nothing.
+        key: the parameter there.
+        base_first: the row of it that is row 0.
+        dtype: of the rows.
+        where: with a start and an end.
+    """
+    start, stop = where.start or 0, where.stop
+    own = slice(first + start, None if stop is None else first + stop)
+    rows = checkpoint.read_extra(name, own).to(dtype, copy=True)
+    if base is None or key is None:
+        return rows
+    there = slice(base_first + start, base_first + start + len(rows))
+    return rows.sub_(base.read_rows(key, there).to(dtype))
+
+
+def _as_adapter(own: FineTune, base: ModelDirectory | None) -> Checkpoint:
+    """A fine-tune whose matrices become factors: all else that differs from the base lies beside them."""
+    assert base is not None  # noqa: S101 - a fine-tune has been compared with it
+    return _Factorable(own, base)
+
+
+class _Factorable(Derived):
+    """The matrices and embeddings of a fine-tune as modules, changed vectors as extras.
+
+    Embeddings, output layers and vectors that are as in the base go. Where the base ties its output layer to the
+    embedding, the output layer is a module too: factors of one are not applied to the other.
+
+    Args:
+        fine_tune: compared with its base.
+        base: the base.
+    """
+
+    def __init__(self, fine_tune: FineTune, base: ModelDirectory) -> None:
+        super().__init__(fine_tune)
+        self._fine_tune, self._base = fine_tune, base
+        headers = fine_tune.modules.items()
+        matrices = {
+            name: own
+            for name, own in headers
+            if own.kind == "matrix" and (not is_output(name) or _differs(fine_tune, name))
+        }
+        tables = {name: own for name, own in headers if own.kind == "embedding" and _differs(fine_tune, name)}
+        self._copies = {copy: name for name in tables for copy in base.outputs_tied_to(name)}
+        self.modules = {
+            **{name: replace(own, layout=Embedding()) for name, own in tables.items()},
+            **matrices,
+            **{copy: replace(tables[name], name=copy, kind="matrix") for copy, name in self._copies.items()},
+        }
+        changed = [name for name, own in headers if own.kind == "vector" and _differs(fine_tune, name)]
+        self.extras = {name: self._extra(name) for name in changed}
+
+    def read(self, module: str) -> InputUpdate:
+        """The difference of one module."""
+        return self._fine_tune.read(self._copies.get(module, module))
+
+    def read_extra(self, name: str, where: slice) -> Tensor:
+        """Rows of the fine-tuned parameter."""
+        return self._fine_tune.own_rows(name, where)
+
+    def _extra(self, name: str) -> Extra:
+        header, shape = self._fine_tune.modules[name], self._base.source.specs[self._base.key_of(name)].shape
+        owner, _, own = name.rpartition(".")
+        saved = None if own == "bias" else owner
+        return Extra(name, PREFIX + name, header.dtype, shape, saved_under=saved)
+
+
+def _differs(fine_tune: FineTune, module: str) -> bool:
+    """Whether a parameter is another one than in the base. Of an outline nobody knows, so it counts as changed."""
+    if fine_tune.is_outline:
+        return True
+    update = fine_tune.read(module)
+    return any(bool(update.rows(block).any()) for block in blocks_of_rows(update.shape, BLOCK_ENTRIES))
