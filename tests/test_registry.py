@@ -20,6 +20,7 @@ from mergekit_lowrank import (
     __version__,
     hookimpl,
 )
+from mergekit_lowrank.formats import PeftWriter
 from mergekit_lowrank.registry import PluginRecord
 from mergekit_lowrank.strategies import Params, RobustMerge, Strategy
 from tests.distributions import MEDIAN, Environment
@@ -62,6 +63,7 @@ def test_built_ins_come_through_the_same_hooks() -> None:
     registry = Registry()
     assert set(registry.methods) >= {"linear", "task_arithmetic", "ties", "knots", "core_ties", "robustmerge", "drm"}
     assert set(registry.spaces) >= {"factors", "delta", "joint", "core"}
+    assert set(registry.writers) >= {"peft", "gguf"}
     assert registry.owner("strategies", "ties") == "mergekit-lowrank"
 
 
@@ -75,6 +77,18 @@ def test_a_registered_strategy_is_found_by_name() -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="unknown merge_method 'robustmrege'; did you mean 'robustmerge'"):
         Registry().method("robustmrege")
+
+
+def test_a_writer_is_found_by_its_name_and_an_unknown_one_is_refused() -> None:
+    registry = Registry()
+    writer = type("Kohya", (PeftWriter,), {"name": "kohya", "summary": "a dialect"})
+    registry.register(offering(writers=[writer]), "dialects")
+    assert registry.writer("kohya") is writer
+    assert registry.owner("writers", "kohya") == "dialects"
+    with pytest.raises(RecipeError, match="unknown format to write 'kohia'; did you mean 'kohya'"):
+        registry.writer("kohia")
+    with pytest.raises(PluginError, match="writers: the name 'peft' is registered by both 'mergekit-lowrank' and 'x'"):
+        registry.register(offering(writers=[PeftWriter]), "x")
 
 
 def test_a_duplicate_name_names_both_owners() -> None:
@@ -198,11 +212,12 @@ def test_a_preset_must_use_a_space_its_strategy_supports() -> None:
             r"hook 'strategies' returned <.*Median object.*>; expected subclasses of Strategy",
         ),
         ({"spaces": [Median]}, r"hook 'spaces' returned <class .*Median'>; expected subclasses of Space"),
+        ({"writers": [Median]}, r"hook 'writers' returned <class .*Median'>; expected subclasses of Writer"),
         ({"strategies": [Preset("x", int, "no strategy")]}, "returned Preset.*; expected subclasses of Strategy"),
         ({"strategies": "median"}, r"hook 'strategies' returned 'median'; expected a list"),
         ({"strategies": None}, r"registers nothing"),
     ],
-    ids=["an instance", "another kind", "a preset of no strategy", "a string", "none"],
+    ids=["an instance", "another kind", "no writer", "a preset of no strategy", "a string", "none"],
 )
 def test_a_hook_that_returns_the_wrong_type_is_refused(hooks, message) -> None:
     with pytest.raises(PluginError, match=message):

@@ -55,8 +55,8 @@ def test_what_is_commented_out_may_be_uncommented(tmp_path, math, code, method):
 
 def test_the_rank_shown_is_the_methods_own(tmp_path, math, code):
     text = written(tmp_path, "math", "code", "--method", "linear")
-    shown = "#output: {kind: adapter, rank: max, uniform_rank: true, snap: null, balance: false, shard_size: null}"
-    assert shown in text.splitlines()
+    shown = "#output: {kind: adapter, rank: max, uniform_rank: true, snap: null, balance: false, format: peft,"
+    assert shown in text
 
 
 def test_the_execution_shown_is_the_default(tmp_path, math, code):

@@ -126,7 +126,8 @@ def environment(tmp_path, monkeypatch):
 def test_plugins_shows_the_built_ins_in_lines_that_can_be_read(environment):
     headline, *facts = succeeds("plugins").splitlines()
     assert headline == f"mergekit-lowrank {__version__}"
-    assert [fact.split()[0] for fact in facts if fact[2] != " "] == ["strategies", "spaces", "formats", "executors"]
+    hooks = ["strategies", "spaces", "formats", "writers", "executors"]
+    assert [fact.split()[0] for fact in facts if fact[2] != " "] == hooks
     assert max(map(len, facts)) <= 110
     names = " ".join(facts).replace(",", "").split()
     assert set(Registry().methods) <= set(names)

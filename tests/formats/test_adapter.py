@@ -107,8 +107,8 @@ def test_a_configuration_that_json_cannot_hold_is_named(tmp_path):
 def test_an_adapter_in_memory_is_checked_like_one_on_disk():
     with pytest.raises(CheckpointError, match="adapter 'math': keys with the name of an adapter left in"):
         Adapter({"base_model.model.q.lora_A.default.weight": torch.ones(2, 2)}, config()).open(label="math")
-    with pytest.raises(CheckpointError, match="adapter 'math': config: 'use_dora' is set to True"):
-        Adapter(state_dict(), config(use_dora=True)).open(label="math")
+    with pytest.raises(CheckpointError, match="adapter 'math': config: 'use_qalora' is set to True"):
+        Adapter(state_dict(), config(use_qalora=True)).open(label="math")
     with pytest.raises(CheckpointError, match="adapter 'math': entry 'q' is a int; expected tensors by name only"):
         Adapter({"q": 3}, config()).open(label="math")
 

@@ -80,11 +80,11 @@ class TestFormat:
     def test_without_a_base_there_is_no_update(self, tmp_path):
         whole = opened(write_model(tmp_path, weights()))
         expected = (
-            "model 'math' is a whole model, of which the difference to its base is merged, and no base is given. "
+            "model 'math': it is a whole model, of which the difference to its base is merged, and no base is given. "
             "Add 'base_model', the path of the model that it was tuned from, to the recipe."
         )
-        assert error_of(whole.against, None, torch.float32) == expected
         assert error_of(whole.read, Q) == expected
+        assert whole.needs_base == "it is a whole model, of which the difference to its base is merged"
 
     def test_problems_of_the_directory_name_the_input(self, tmp_path):
         write_model(tmp_path, weights(), {"quantization_config": {"quant_method": "gptq"}})

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats import ModuleHeader, PeftCheckpoint, PeftFormat, tensor_names
@@ -136,28 +136,50 @@ ones = torch.ones
             {"base_model.model.q.lora_A.default.weight": ones(2, 3)},
             "keys with the name of an adapter left in: 'base_model.model.q.lora_A.default.weight'. Save the",
         ),
-        ({"base_model.model.e.lora_embedding_A": ones(2, 3)}, "LoRA factors of embeddings, which are not handled"),
-        ({"base_model.model.q.lora_magnitude_vector": ones(2)}, "DoRA magnitudes, which are not handled"),
-        ({"base_model.model.q.lora_magnitude_vector.weight": ones(2)}, "DoRA magnitudes, which are not handled"),
-        ({"base_model.model.q.lora_B.bias": ones(2)}, "biases of LoRA factors, which are not handled"),
-        ({"base_model.model.head.modules_to_save.weight": ones(2)}, "whole tensors of modules_to_save"),
-        ({"base_model.model.head.original_module.weight": ones(2)}, "whole tensors of modules_to_save"),
-        ({"base_model.model.q.base_layer.weight": ones(2)}, "whole tensors, which a merge of factors would drop"),
-        ({"base_model.model.head.weight": ones(2)}, "whole tensors, which a merge of factors would drop"),
-        ({"base_model.model.head.bias": ones(2)}, "whole tensors, which a merge of factors would drop"),
+        (
+            {"base_model.model.e.lora_embedding_A": ones(2, 3)},
+            "factors without their lora_embedding_B: 'base_model.model.e.lora_embedding_A'.",
+        ),
+        (
+            {"base_model.model.e.lora_embedding_A.default": ones(2, 3)},
+            "keys with the name of an adapter left in: 'base_model.model.e.lora_embedding_A.default'.",
+        ),
+        (
+            {"base_model.model.q.lora_magnitude_vector": ones(2)},
+            "tensors of factors that are missing: 'base_model.model.q.lora_magnitude_vector'.",
+        ),
+        (
+            {"base_model.model.layers.0.q.lora_magnitude_vector.weight": ones(5)},
+            "adapter_config.json does not say 'use_dora', and modules have a magnitude: 'layers.0.q'.",
+        ),
+        (
+            {"base_model.model.q.lora_B.bias": ones(2)},
+            "tensors of factors that are missing: 'base_model.model.q.lora_B.bias'.",
+        ),
+        ({"base_model.model.q.lora_A.bias": ones(2)}, "biases of lora_A, which peft never writes"),
+        (
+            {"base_model.model.head.original_module.weight": ones(2)},
+            "copies of the base's tensors ('original_module'): 'base_model.model.head.original_module.weight'.",
+        ),
+        (
+            {
+                "base_model.model.head.base_layer.weight": ones(2),
+                "base_model.model.head.weight": ones(2),
+            },
+            "parameters that are there twice: 'head.weight' ('base_model.model.head.base_layer.weight' and",
+        ),
+        ({"head.weight": ones(2)}, "keys without the prefix 'base_model.model.': 'head.weight'."),
         (
             {"lora_unet_q.lora_down.weight": ones(2)},
             "tensors that nothing here handles: 'lora_unet_q.lora_down",
         ),
         ({"base_model.model.x.ia3_l": ones(2)}, "tensors that nothing here handles: 'base_model.model.x.ia3_l'."),
         (
-            {A: ones(2, 3, 3, 3), B: ones(4, 2, 1, 1)},
-            "not matrices (of convolutions, or fused), which are not handled: 'q'",
+            {A: ones(2, 3, 3, 3), B: ones(4, 2, 3, 3)},
+            "factors that are no matrices and no convolutions: 'q' (lora_A [2, 3, 3, 3], lora_B [4, 2, 3, 3])",
         ),
-        (
-            {A: ones(3), B: ones(4, 3)},
-            "not matrices (of convolutions, or fused), which are not handled: 'q' (lora_A [3]",
-        ),
+        ({A: ones(3), B: ones(4, 3)}, "factors that are no matrices and no convolutions: 'q' (lora_A [3]"),
+        ({A: ones(2, 3, 3), B: ones(4, 1, 1)}, "they are of a grouped convolution, which is not handled"),
         ({A: ones(2, 3), B: ones(4, 3)}, "factors whose ranks differ: 'q' (lora_A [2, 3], lora_B [4, 3])"),
         ({A: ones(0, 3), B: ones(4, 0)}, "factors without entries: 'q' (lora_A [0, 3], lora_B [4, 0])"),
         ({A: ones(2, 0), B: ones(4, 2)}, "factors without entries: 'q'"),
@@ -174,20 +196,34 @@ def test_what_is_not_a_plain_lora_is_named(tmp_path, tensors, expected):
 
 def test_many_tensors_of_one_kind_make_one_problem(tmp_path):
     extra = {f"base_model.model.layers.{number}.q.lora_magnitude_vector": ones(2) for number in range(200)}
-    extra |= {f"base_model.model.layers.{number}.norm.weight": ones(2) for number in range(4)}
+    extra |= {f"base_model.model.layers.{number}.q.lora_A.bias": ones(2) for number in range(4)}
     with pytest.raises(CheckpointError) as caught:
         opened(write_adapter(tmp_path, {**state_dict(), **extra}, config()))
     assert len(caught.value.problems) == 2
-    assert "and 197 more." in str(caught.value)
+    assert "and 195 more." in str(caught.value)
     assert "and 1 more." in str(caught.value)
 
 
-def test_an_adapter_in_a_sub_directory_is_pointed_at(tmp_path):
-    write_adapter(tmp_path / "outer" / "math", state_dict(), config())
+def test_the_only_adapter_in_a_sub_directory_is_opened(tmp_path):
+    inner = write_adapter(tmp_path / "outer" / "math", state_dict(), config())
     assert PeftFormat().recognises(tmp_path / "outer")
+    checkpoint = opened(tmp_path / "outer")
+    assert checkpoint.location == str(tmp_path / "outer")
+    assert checkpoint.files == (inner / "adapter_config.json", inner / "adapter_model.safetensors")
+
+
+def test_adapters_in_sub_directories_are_pointed_at(tmp_path):
+    for name in ("code", "math"):
+        write_adapter(tmp_path / "outer" / name, state_dict(), config())
     message = error_of(tmp_path / "outer")
-    assert f"there is one in '{tmp_path / 'outer' / 'math'}'" in message
+    assert f"there is one in '{tmp_path / 'outer' / 'code'}', '{tmp_path / 'outer' / 'math'}'" in message
     assert message.endswith("give that path.")
+
+
+def test_tensors_are_not_taken_from_one_adapter_and_the_configuration_from_another(tmp_path):
+    write_adapter(tmp_path / "math", state_dict(), config())
+    save_file(state_dict(), tmp_path / "adapter_model.safetensors")
+    assert "has no adapter_config.json, but there is one in" in error_of(tmp_path)
 
 
 def test_a_missing_configuration_is_named(tmp_path):
@@ -203,10 +239,130 @@ def test_missing_tensors_are_named(tmp_path):
     assert "has none of adapter_model.safetensors, " in error_of(tmp_path)
 
 
-def test_a_llava_projector_is_not_dropped_in_silence(tmp_path):
+P = "base_model.model."
+
+
+def test_whole_tensors_are_told_by_the_parameters_they_replace(tmp_path):
+    whole = {
+        f"{P}head.weight": ones(4, 2),
+        f"{P}norm.modules_to_save.weight": ones(3),
+        f"{P}layers.0.q.base_layer.bias": ones(5).half(),
+        f"{P}layers.0.o.bias": ones(5),
+    }
+    settings = config(modules_to_save=["head", "norm"], bias="all")
+    checkpoint = opened(write_adapter(tmp_path, {**state_dict(), **whole}, settings))
+    assert tuple(checkpoint.modules) == MODULES
+    found = {name: (own.key, own.shape, own.dtype, own.saved_under) for name, own in checkpoint.extras.items()}
+    assert found == {
+        "head.weight": (f"{P}head.weight", (4, 2), torch.float32, "head"),
+        "norm.weight": (f"{P}norm.modules_to_save.weight", (3,), torch.float32, "norm"),
+        "layers.0.q.bias": (f"{P}layers.0.q.base_layer.bias", (5,), torch.float16, None),
+        "layers.0.o.bias": (f"{P}layers.0.o.bias", (5,), torch.float32, None),
+    }
+    assert torch.equal(checkpoint.read_extra("head.weight", slice(1, 3)), ones(2, 2))
+    assert torch.equal(checkpoint.read_extra("norm.weight", slice(None)), ones(1, 3))
+
+
+def test_a_saved_module_that_peft_stored_under_both_its_names_is_read_once(tmp_path):
+    both = {f"{P}head.modules_to_save.weight": ones(4, 2), f"{P}head.weight": ones(4, 2)}
+    settings = config(modules_to_save=["head"])
+    checkpoint = opened(write_adapter(tmp_path, {**state_dict(), **both}, settings))
+    assert {name: extra.key for name, extra in checkpoint.extras.items()} == {"head.weight": f"{P}head.weight"}
+
+
+def test_a_whole_tensor_that_is_not_finite_is_named_when_read(tmp_path):
+    checkpoint = opened(
+        write_adapter(tmp_path, {**state_dict(), f"{P}head.weight": ones(2, 2) / 0}, config(modules_to_save=["head"]))
+    )
+    with pytest.raises(CheckpointError, match=r"tensor 'base_model\.model\.head\.weight' holds 4 NaN or infinite"):
+        checkpoint.read_extra("head.weight", slice(None))
+
+
+ROWS = f"{P}e.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize("given", [[5, 2], {"e": [5, 2]}])
+def test_trained_rows_are_told_by_their_numbers(tmp_path, given):
+    rows = torch.arange(6.0).reshape(2, 3)
+    settings = config(trainable_token_indices=given)
+    checkpoint = opened(write_adapter(tmp_path, {**state_dict(), ROWS: rows}, settings))
+    extra = checkpoint.extras["e.weight"]
+    assert (extra.key, extra.tokens, extra.shape) == (ROWS, (5, 2), (2, 3))
+    assert torch.equal(checkpoint.read_extra("e.weight", slice(1, 2)), rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(None, "names no rows"), ([1, 2, 3], "names 3 rows"), ({"other": [1, 2]}, "names no rows")]
+)
+def test_rows_that_the_configuration_does_not_name_are_refused(tmp_path, given, said):
+    message = error_of(
+        write_adapter(tmp_path, {**state_dict(), ROWS: ones(2, 3)}, config(trainable_token_indices=given))
+    )
+    assert f"'trainable_token_indices' {said} of 'e', and tensor '{ROWS}' is [2, 3]." in message
+
+
+def test_a_bias_of_lora_b_is_an_update_of_its_own(tmp_path):
+    tensors = {**state_dict(["q"]), f"{P}q.lora_B.bias": torch.arange(5.0)}
+    checkpoint = opened(write_adapter(tmp_path, tensors, config(lora_bias=True)))
+    header = checkpoint.modules["q.bias"]
+    assert (header.d_out, header.d_in, header.scaling, header.is_dense, header.kind) == (1, 5, 2.0, True, "vector")
+    assert torch.equal(checkpoint.read("q.bias").rows(slice(None)), 2 * torch.arange(5.0)[None])
+
+
+def test_fused_experts_are_modules_of_their_own(tmp_path):
+    tensors = state_dict(["mlp.experts"], rank=6)  # three of rank 2
+    settings = config(target_parameters=["mlp.experts.down_proj"])
+    checkpoint = opened(write_adapter(tmp_path, tensors, settings))
+    assert {name: own.rank for name, own in checkpoint.modules.items()} == {f"mlp.experts[{e}]": 2 for e in range(3)}
+    a, b = (tensors[name] for name in tensor_names("mlp.experts"))
+    update = checkpoint.read("mlp.experts[1]")
+    assert torch.equal(update.a, a[2:4])
+    assert torch.equal(update.b, b[:, 1::3])
+
+
+def test_experts_that_are_no_multiple_of_the_rank_are_refused(tmp_path):
+    settings = config(target_parameters=["mlp.experts.down_proj"])
+    message = error_of(write_adapter(tmp_path, state_dict(["mlp.experts"], rank=5), settings))
+    assert "fused experts whose factors are no multiple of the rank: 'mlp.experts' (lora_A [5, 3], rank 2)." in message
+
+
+def test_magnitudes_need_the_base(tmp_path):
+    tensors = {**state_dict(["q"]), f"{P}q.lora_magnitude_vector": ones(5)}
+    checkpoint = opened(write_adapter(tmp_path, tensors, config(use_dora=True)))
+    assert checkpoint.needs_base.startswith("it is a DoRA adapter, which rescales the base's weights")
+
+
+def test_a_dora_adapter_without_magnitudes_is_refused(tmp_path):
+    message = error_of(write_adapter(tmp_path, state_dict(["q"]), config(use_dora=True)))
+    assert message == (
+        "adapter 'math': adapter_config.json says 'use_dora', and modules have no magnitude: 'q'. Take both files "
+        "from the same save."
+    )
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("base_model.model.model.mm_projector.0.weight", "model.mm_projector.0.weight"),
+        ("base_model.model.mm_projector.0.weight", "model.mm_projector.0.weight"),
+        ("model.mm_projector.0.weight", "model.mm_projector.0.weight"),
+    ],
+)
+def test_a_llava_projector_goes_by_the_name_that_llava_gives_it(tmp_path, stored, name):
+    write_adapter(tmp_path, state_dict(), config())
+    torch.save({stored: ones(2, 3).half()}, tmp_path / "non_lora_trainables.bin")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = opened(tmp_path)
+    (extra,) = checkpoint.extras.values()
+    assert (extra.name, extra.key, extra.in_side_file) == (name, stored, True)
+    assert torch.equal(checkpoint.read_extra(name, slice(0, 1)), ones(1, 3).half())
+    assert checkpoint.files[-2:] == (tmp_path / "non_lora_trainables.bin", tmp_path / "config.json")
+
+
+def test_a_broken_side_file_is_named(tmp_path):
     write_adapter(tmp_path, state_dict(), config())
     (tmp_path / "non_lora_trainables.bin").touch()
-    assert "holds non_lora_trainables.bin, whole tensors beside the adapter (LLaVA)" in error_of(tmp_path)
+    assert "non_lora_trainables.bin: not a valid PyTorch file" in error_of(tmp_path)
 
 
 def test_other_directories_are_not_recognised(tmp_path):
@@ -217,8 +373,8 @@ def test_other_directories_are_not_recognised(tmp_path):
 
 
 def test_configuration_problems_name_the_adapter_and_the_file(tmp_path):
-    message = error_of(write_adapter(tmp_path, state_dict(), config(use_dora=True)))
-    assert message.startswith("adapter 'math': adapter_config.json: 'use_dora' is set to True, which is not handled")
+    message = error_of(write_adapter(tmp_path, state_dict(), config(use_qalora=True)))
+    assert message.startswith("adapter 'math': adapter_config.json: 'use_qalora' is set to True, which is not handled")
 
 
 def test_reading_leaves_the_file_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats import PeftConfig
-from mergekit_lowrank.formats.peft_config import _IGNORED, _REFUSED, read_config
+from mergekit_lowrank.formats.peft_config import _IGNORED, _REFUSED, read_raw_config
 
 from .builders import config
 
@@ -27,7 +27,7 @@ def error_of(**changes: object) -> str:
 
 
 def test_every_field_of_the_installed_peft_is_known():
-    known = {*_IGNORED, *_REFUSED, *PeftConfig.model_fields, "bias", "init_lora_weights"}
+    known = {*_IGNORED, *_REFUSED, *PeftConfig.model_fields, "init_lora_weights"}
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 
@@ -69,7 +69,7 @@ def test_a_field_that_changes_the_update_is_refused_by_name(name):
     assert message.endswith(".")
 
 
-@pytest.mark.parametrize("name", sorted({*_REFUSED, *_IGNORED, "something_new", "bias", "init_lora_weights"}))
+@pytest.mark.parametrize("name", sorted({*_REFUSED, *_IGNORED, "something_new", "init_lora_weights"}))
 @pytest.mark.parametrize("value", [None, False, {}, [], ""])
 def test_a_field_that_is_not_set_is_accepted(name, value):
     parse(**{name: value})
@@ -92,9 +92,35 @@ def test_an_unknown_initialisation_is_refused(value):
     assert f"'init_lora_weights' is {value!r}, which is unknown" in error_of(init_lora_weights=value)
 
 
-@pytest.mark.parametrize("value", ["all", "lora_only"])
-def test_trained_biases_are_refused(value):
-    assert f"'bias' is '{value}': trained biases would be dropped" in error_of(bias=value)
+@pytest.mark.parametrize("value", ["none", "all", "lora_only", None])
+def test_trained_biases_are_accepted(value):
+    assert parse(bias=value).bias == (value or "none")
+
+
+def test_rows_of_an_embedding_are_found_by_the_end_of_its_name():
+    settings = parse(trainable_token_indices={"embed": [3, 1], "x.head": [2]})
+    assert settings.tokens_of("model.embed") == (3, 1)
+    assert settings.tokens_of("x.head") == (2,)
+    assert settings.tokens_of("head") is None
+    assert settings.tokens_of("no_embed") is None
+    assert parse(trainable_token_indices=[4]).tokens_of("anything") == (4,)
+    assert parse().tokens_of("embed") is None
+
+
+def test_what_is_saved_whole_is_found_by_the_name_of_a_module_around_it():
+    settings = parse(modules_to_save=["head", "a.norm"])
+    assert settings.saved_under("model.head") == "head"
+    assert settings.saved_under("model.head.dense") == "head"
+    assert settings.saved_under("model.a.norm") == "a.norm"
+    assert settings.saved_under("model.norm") is None
+    assert settings.saved_under("ahead") is None
+
+
+def test_fused_parameters_are_found_by_the_module_that_holds_them():
+    settings = parse(target_parameters=["mlp.experts.up", "mlp.experts.down"])
+    assert settings.parameters_of("layers.0.mlp.experts") == ("mlp.experts.up", "mlp.experts.down")
+    assert settings.parameters_of("layers.0.mlp.experts.base_layer") == ("mlp.experts.up", "mlp.experts.down")
+    assert settings.parameters_of("layers.0.mlp") == ()
 
 
 def test_an_unknown_field_is_named_with_its_nearest_neighbour():
@@ -103,7 +129,7 @@ def test_an_unknown_field_is_named_with_its_nearest_neighbour():
 
 
 def test_another_kind_of_adapter_is_refused():
-    assert "'peft_type' is 'LOHA'; only LORA adapters can be merged." in error_of(peft_type="LOHA")
+    assert "'peft_type' is 'IA3'; expected LORA, ADALORA, LOHA, LOKR or VERA." in error_of(peft_type="IA3")
 
 
 @pytest.mark.parametrize("name", ["peft_type", "r", "lora_alpha"])
@@ -129,6 +155,9 @@ def test_a_missing_field_is_named(name):
         ("rank_pattern", ["q"], "'rank_pattern' is ['q']: expected a valid dictionary."),
         ("rank_pattern", {"(": 3}, "'rank_pattern.(' is '(': the key is not a valid regular expression"),
         ("alpha_pattern", {"q": math.inf}, "'alpha_pattern.q' is inf: expected a finite number."),
+        ("bias", "some", "'bias' is 'some': expected 'none', 'all' or 'lora_only'."),
+        ("use_dora", "yes", "'use_dora' is 'yes': expected a valid boolean."),
+        ("modules_to_save", [3], "'modules_to_save.0' is 3: expected a valid string."),
         ("base_model_name_or_path", 3, "'base_model_name_or_path' is 3: expected a valid string."),
     ],
 )
@@ -138,7 +167,7 @@ def test_a_value_of_the_wrong_type_or_range_is_named(name, value, expected):
 
 def test_all_problems_are_reported_together():
     with pytest.raises(CheckpointError) as caught:
-        parse(r=0, use_dora=True, bias="all", init_lora_weights="pissa", zzz=1)
+        parse(r=0, use_qalora=True, bias="some", init_lora_weights="pissa", zzz=1)
     assert len(caught.value.problems) == 5
 
 
@@ -154,10 +183,10 @@ def test_the_input_mapping_is_kept_as_it_was():
 def test_a_configuration_that_is_not_json_is_named(tmp_path, content):
     (tmp_path / "adapter_config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"adapter 'x': .*adapter_config.json is not readable as JSON"):
-        read_config(tmp_path / "adapter_config.json", where="adapter 'x'")
+        read_raw_config(tmp_path / "adapter_config.json", where="adapter 'x'")
 
 
 def test_a_configuration_that_is_not_an_object_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a list; expected a JSON object"):
-        read_config(tmp_path / "adapter_config.json", where="adapter 'x'")
+        read_raw_config(tmp_path / "adapter_config.json", where="adapter 'x'")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_lowrank.formats import Adapter, PeftFormat, output_config, tensor_names
+from mergekit_lowrank.formats import LINEAR, Adapter, PeftFormat, output_config, tensor_names
 from mergekit_lowrank.lowrank import densify
 
 
@@ -107,7 +107,7 @@ NESTED = {"layers.0.q": 1, "layers.0.xq": 2, "layers.1.q": 3, "inner.layers.0.q"
 @pytest.mark.parametrize("ranks", [NESTED, dict.fromkeys(NESTED, 3), dict(reversed(NESTED.items()))])
 def test_peft_gives_each_module_of_the_output_its_own_rank_and_scaling_one(tmp_path, ranks):
     settings = output_config(
-        base_model="org/base", revision=None, task_type=None, modules=list(ranks), rank=3, rank_pattern=ranks
+        base_model="org/base", revision=None, task_type=None, layouts=dict.fromkeys(ranks, LINEAR), ranks=ranks
     )
     shapes = {name: layer.weight.shape for name, layer in Tiny().named_modules() if isinstance(layer, nn.Linear)}
     tensors = {}
@@ -129,8 +129,13 @@ def test_peft_gives_each_module_of_the_output_its_own_rank_and_scaling_one(tmp_p
 
 
 def test_the_default_output_is_the_one_convention_that_every_server_reads():
+    ranks = {"b.v": 8, "a.q": 8}
     settings = output_config(
-        base_model="org/base", revision="main", task_type="CAUSAL_LM", modules=["b.v", "a.q"], rank=8
+        base_model="org/base",
+        revision="main",
+        task_type="CAUSAL_LM",
+        layouts=dict.fromkeys(ranks, LINEAR),
+        ranks=ranks,
     )
     assert settings["r"] == settings["lora_alpha"] == 8
     assert settings["target_modules"] == ["a.q", "b.v"]
@@ -141,8 +146,9 @@ def test_the_default_output_is_the_one_convention_that_every_server_reads():
 
 
 def test_equal_ranks_need_no_pattern():
+    ranks = {"a": 2, "b": 2}
     settings = output_config(
-        base_model=None, revision=None, task_type=None, modules=["a", "b"], rank=2, rank_pattern={"a": 2, "b": 2}
+        base_model=None, revision=None, task_type=None, layouts=dict.fromkeys(ranks, LINEAR), ranks=ranks
     )
     assert settings["rank_pattern"] == settings["alpha_pattern"] == {}
 
@@ -153,7 +159,7 @@ module_names = st.from_regex(r"[ab]{1,2}(\.[ab01+\-(|*]{1,2}){0,3}", fullmatch=T
 @given(st.dictionaries(module_names, st.integers(1, 9), min_size=1, max_size=8))
 def test_a_pattern_key_hits_its_module_and_no_other(ranks):
     settings = output_config(
-        base_model=None, revision=None, task_type=None, modules=list(ranks), rank=5, rank_pattern=ranks
+        base_model=None, revision=None, task_type=None, layouts=dict.fromkeys(ranks, LINEAR), ranks=ranks, rank=5
     )
     patterns = settings["rank_pattern"]
     for module, rank in ranks.items():
