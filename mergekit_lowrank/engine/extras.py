@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from mergekit_lowrank.errors import CheckpointError, IncompatibleInputsError, Me
 from mergekit_lowrank.formats import (
     Checkpoint,
     Derived,
-    Embedding,
     Extra,
+    FactorableFineTune,
     Factored,
     FineTune,
     Layout,
@@ -24,15 +23,14 @@ from mergekit_lowrank.formats import (
     Whole,
 )
 from mergekit_lowrank.formats.layouts import PREFIX
-from mergekit_lowrank.formats.parameters import is_output, matrix_shape
-from mergekit_lowrank.lowrank import InputUpdate, StreamedUpdate, blocks_of_rows
+from mergekit_lowrank.formats.parameters import matrix_shape
+from mergekit_lowrank.lowrank import InputUpdate, StreamedUpdate
 from mergekit_lowrank.recipe import From, Recipe
 
 __all__ = ["needs_base", "with_extras"]
 
 BASE = "base_model"
 SHOWN = 3
-BLOCK_ENTRIES = 1 << 20
 
 _ADVICE = (
     "Say what becomes of them with 'extras' in the recipe: average (of one input: that input), {{from: {label}}}, "
@@ -60,7 +58,7 @@ def with_extras(
         MergeError: there are such tensors and the recipe says nothing of them, or they cannot be merged as it says.
     """
     if recipe.output.kind == "adapter":
-        checkpoints = [_as_adapter(own, base) if isinstance(own, FineTune) else own for own in checkpoints]
+        checkpoints = [FactorableFineTune(own) if isinstance(own, FineTune) else own for own in checkpoints]
     if not any(own.extras for own in checkpoints):
         return [*checkpoints]
     if recipe.extras == "error":
@@ -228,40 +226,30 @@ class _Extended(Derived):
         return StreamedUpdate((own.d_out, own.d_in), self._dtype, torch.device("cpu"), self._readers[module])
 
     def _modules(self, extra: Extra, policy: _Policy) -> Iterator[tuple[ModuleHeader, Callable[[slice], Tensor]]]:
-        """The module of a tensor; of trained rows one for each."""
-        onto = policy.base_key(extra)
-        base = policy.base if onto else None
-        added = onto if policy.recipe.output.kind == "adapter" else None
-        key = policy.key(extra)
+        """The module of a tensor; of trained rows one for each, or in a model the embedding."""
+        key = policy.base_key(extra)
+        rows = _Rows(self.origin, extra.name, self._dtype)
+        if key is not None:
+            rows = replace(rows, base=policy.base, key=key)
+        is_model = policy.recipe.output.kind == "model"
+        onto = None if is_model else key
         if extra.tokens is None:
-            layout: Layout = Whole(key, extra.shape, added, extra.saved_under, extra.in_side_file)
-            rows, columns = matrix_shape(extra.shape)
-            read = partial(_rows, self.origin, extra.name, 0, base, onto, 0, self._dtype)
-            yield self._header(policy.module(extra), extra, layout, rows, columns, policy), read
+            layout = Whole(policy.key(extra), extra.shape, onto, extra.saved_under, extra.in_side_file)
+            yield self._header(policy.module(extra), extra, layout, matrix_shape(extra.shape), policy), rows
             return
-        if policy.recipe.output.kind == "model":
-            yield self._scattered(extra, extra.tokens, onto, policy)
+        trained = {token: replace(rows, first=row, base_first=token) for row, token in enumerate(extra.tokens)}
+        if is_model and policy.base is not None and key is not None:
+            shape = policy.base.matrix_shape(key)
+            header = self._header(policy.module(extra), extra, Whole(key, shape), shape, policy)
+            yield header, _Scattered(trained, shape, self._dtype)
             return
         module = extra.name.removesuffix(".weight")
-        for row, token in enumerate(extra.tokens):
-            layout = TokenRow(extra.key, module, token, added)
-            read = partial(_rows, self.origin, extra.name, row, base, onto, token, self._dtype)
-            yield self._header(f"{module}[{token}]", extra, layout, 1, extra.shape[1], policy), read
+        for token, row in trained.items():
+            own = TokenRow(extra.key, module, token, onto)
+            yield self._header(f"{module}[{token}]", extra, own, (1, extra.shape[1]), policy), row
 
-    def _scattered(
-        self, extra: Extra, tokens: tuple[int, ...], key: str | None, policy: _Policy
-    ) -> tuple[ModuleHeader, Callable[[slice], Tensor]]:
-        """Trained rows as the difference of the whole embedding, zero in all other rows."""
-        assert policy.base is not None  # noqa: S101 - the output is the base
-        assert key is not None  # noqa: S101 - and differences are added to it
-        rows, columns = policy.base.matrix_shape(key)
-        layout = Whole(key, (rows, columns))
-        read = _Scattered(self.origin, extra.name, tokens, policy.base, key, self._dtype)
-        return self._header(policy.module(extra), extra, layout, rows, columns, policy), read
-
-    def _header(
-        self, name: str, extra: Extra, layout: Layout, rows: int, columns: int, policy: _Policy
-    ) -> ModuleHeader:
+    def _header(self, name: str, extra: Extra, layout: Layout, shape: tuple[int, int], policy: _Policy) -> ModuleHeader:
+        rows, columns = shape
         return ModuleHeader(
             name=name,
             d_out=rows,
@@ -278,122 +266,55 @@ class _Extended(Derived):
 
 
 @dataclass(frozen=True)
-class _Scattered:
-    """Rows of an embedding's difference to the base, of which only trained ones are not zero.
+class _Rows:
+    """Rows of a tensor, or of its difference to the base, as new memory.
 
     Attributes:
-        checkpoint: that has them.
-        name: of the tensor with the trained rows.
-        tokens: their numbers.
-        base: what they are compared with.
-        key: the embedding there.
+        checkpoint: that has it.
+        name: of the tensor.
         dtype: of the rows.
+        first: the row of it that is row 0.
+        base: what it is compared with; None for nothing.
+        key: the parameter there.
+        base_first: the row of that parameter that is row 0.
     """
 
     checkpoint: Checkpoint
     name: str
-    tokens: tuple[int, ...]
-    base: ModelDirectory
-    key: str
+    dtype: torch.dtype
+    first: int = 0
+    base: ModelDirectory | None = None
+    key: str = ""
+    base_first: int = 0
+
+    def __call__(self, where: slice) -> Tensor:
+        start, stop = where.start or 0, where.stop
+        own = slice(self.first + start, None if stop is None else self.first + stop)
+        rows = self.checkpoint.read_extra(self.name, own).to(self.dtype, copy=True)
+        if self.base is None:
+            return rows
+        there = slice(self.base_first + start, self.base_first + start + len(rows))
+        return rows.sub_(self.base.read_rows(self.key, there).to(self.dtype))
+
+
+@dataclass(frozen=True)
+class _Scattered:
+    """Rows of an embedding's difference to the base, of which only trained ones are not zero.
+
+    Attributes:
+        rows: of the trained tokens, by their number.
+        shape: of the embedding.
+        dtype: of the rows.
+    """
+
+    rows: Mapping[int, _Rows]
+    shape: tuple[int, int]
     dtype: torch.dtype
 
     def __call__(self, where: slice) -> Tensor:
-        total, columns = self.base.matrix_shape(self.key)
-        start, stop, _ = where.indices(total)
-        rows = torch.zeros(stop - start, columns, dtype=self.dtype)
-        for row, token in enumerate(self.tokens):
+        start, stop, _ = where.indices(self.shape[0])
+        found = torch.zeros(stop - start, self.shape[1], dtype=self.dtype)
+        for token, row in self.rows.items():
             if start <= token < stop:
-                rows[token - start] = _rows(
-                    self.checkpoint, self.name, row, self.base, self.key, token, self.dtype, slice(0, 1)
-                )[0]
-        return rows
-
-
-def _rows(
-    checkpoint: Checkpoint,
-    name: str,
-    first: int,
-    base: ModelDirectory | None,
-    key: str | None,
-    base_first: int,
-    dtype: torch.dtype,
-    where: slice,
-) -> Tensor:
-    """Rows of a tensor, or of its difference to the base, as new memory.
-
-    Args:
-        checkpoint: that has it.
-        name: of the tensor.
-        first: the row of it that is row 0.
-        base: what it is compared with; None for nothing.
-        key: the parameter there.
-        base_first: the row of it that is row 0.
-        dtype: of the rows.
-        where: with a start and an end.
-    """
-    start, stop = where.start or 0, where.stop
-    own = slice(first + start, None if stop is None else first + stop)
-    rows = checkpoint.read_extra(name, own).to(dtype, copy=True)
-    if base is None or key is None:
-        return rows
-    there = slice(base_first + start, base_first + start + len(rows))
-    return rows.sub_(base.read_rows(key, there).to(dtype))
-
-
-def _as_adapter(own: FineTune, base: ModelDirectory | None) -> Checkpoint:
-    """A fine-tune whose matrices become factors: all else that differs from the base lies beside them."""
-    assert base is not None  # noqa: S101 - a fine-tune has been compared with it
-    return _Factorable(own, base)
-
-
-class _Factorable(Derived):
-    """The matrices and embeddings of a fine-tune as modules, changed vectors as extras.
-
-    Embeddings, output layers and vectors that are as in the base go. Where the base ties its output layer to the
-    embedding, the output layer is a module too: factors of one are not applied to the other.
-
-    Args:
-        fine_tune: compared with its base.
-        base: the base.
-    """
-
-    def __init__(self, fine_tune: FineTune, base: ModelDirectory) -> None:
-        super().__init__(fine_tune)
-        self._fine_tune, self._base = fine_tune, base
-        headers = fine_tune.modules.items()
-        matrices = {
-            name: own
-            for name, own in headers
-            if own.kind == "matrix" and (not is_output(name) or _differs(fine_tune, name))
-        }
-        tables = {name: own for name, own in headers if own.kind == "embedding" and _differs(fine_tune, name)}
-        self._copies = {copy: name for name in tables for copy in base.outputs_tied_to(name)}
-        self.modules = {
-            **{name: replace(own, layout=Embedding()) for name, own in tables.items()},
-            **matrices,
-            **{copy: replace(tables[name], name=copy, kind="matrix") for copy, name in self._copies.items()},
-        }
-        changed = [name for name, own in headers if own.kind == "vector" and _differs(fine_tune, name)]
-        self.extras = {name: self._extra(name) for name in changed}
-
-    def read(self, module: str) -> InputUpdate:
-        """The difference of one module."""
-        return self._fine_tune.read(self._copies.get(module, module))
-
-    def read_extra(self, name: str, where: slice) -> Tensor:
-        """Rows of the fine-tuned parameter."""
-        return self._fine_tune.own_rows(name, where)
-
-    def _extra(self, name: str) -> Extra:
-        header, shape = self._fine_tune.modules[name], self._base.source.specs[self._base.key_of(name)].shape
-        owner, _, own = name.rpartition(".")
-        saved = None if own == "bias" else owner
-        return Extra(name, PREFIX + name, header.dtype, shape, saved_under=saved)
-
-
-def _differs(fine_tune: FineTune, module: str) -> bool:
-    """Whether a parameter is another one than in the base. Of an outline nobody knows, so it counts as changed."""
-    if fine_tune.is_outline:
-        return True
-    update = fine_tune.read(module)
-    return any(bool(update.rows(block).any()) for block in blocks_of_rows(update.shape, BLOCK_ENTRIES))
+                found[token - start] = row(slice(0, 1))[0]
+        return found

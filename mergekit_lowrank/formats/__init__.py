@@ -15,6 +15,7 @@ from mergekit_lowrank.formats.directory import (
     writing,
 )
 from mergekit_lowrank.formats.experts import FusedExperts
+from mergekit_lowrank.formats.factorable import FactorableFineTune
 from mergekit_lowrank.formats.fine_tune import FineTune, WholeModel, WholeModelFormat
 from mergekit_lowrank.formats.gguf_output import GGUF_NAME, GgufWriter
 from mergekit_lowrank.formats.layouts import (
@@ -56,6 +57,7 @@ __all__ = [
     "Embedding",
     "Expert",
     "Extra",
+    "FactorableFineTune",
     "Factored",
     "Findings",
     "FineTune",

@@ -92,7 +92,7 @@ class _Fused:
             raise CheckpointError(
                 f"adapter '{adapter.label}': the {len(members)} experts of '{path}' change a parameter of "
                 f"{first.d_out} x {first.d_in}; of the base's, these may be it: {names}. The adapter does not say "
-                "which, so exactly one must have the shape: write an adapter instead of a model, or give the right base."
+                "which, so exactly one must have the shape: write an adapter instead of a model, or give its own base."
             )
         return cls(found[0][0], tuple(members), found[0][1])
 

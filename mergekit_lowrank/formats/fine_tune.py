@@ -78,6 +78,9 @@ class FineTune(Checkpoint):
         base: what it was tuned from.
         dtype: of the rows that its updates give.
 
+    Attributes:
+        base: what it is compared with.
+
     Raises:
         CheckpointError: parameters that one of the two lacks, or that have another shape; all of them.
     """
@@ -89,7 +92,7 @@ class FineTune(Checkpoint):
         self.base_model = None
         self.fan_in_fan_out = base.fan_in_fan_out
         self.config = whole.config
-        self._model, self._base, self._dtype = whole.model, base, dtype
+        self._model, self.base, self._dtype = whole.model, base, dtype
         self._own = _matched(whole.model, base)
         self.modules: dict[str, ModuleHeader] = {
             module: _header(whole.model.modules[own], base.modules[module]) for module, own in self._own.items()
@@ -97,13 +100,13 @@ class FineTune(Checkpoint):
 
     def read(self, module: str) -> StreamedUpdate:
         """The difference of one module, which reads the rows of both models each time that it is asked for them."""
-        header, rows = self.modules[module], self._columns if self._base.is_transposed(module) else self._rows
+        header, rows = self.modules[module], self._columns if self.base.is_transposed(module) else self._rows
         return StreamedUpdate((header.d_out, header.d_in), self._dtype, torch.device("cpu"), partial(rows, module))
 
     @property
     def is_outline(self) -> bool:
         """Whether data of the model or the base were left on the Hugging Face Hub."""
-        return self._model.source.is_outline or self._base.source.is_outline
+        return self._model.source.is_outline or self.base.source.is_outline
 
     def own_rows(self, module: str, where: slice) -> Tensor:
         """Rows of the fine-tuned parameter itself, as it is stored.
@@ -118,12 +121,12 @@ class FineTune(Checkpoint):
 
         Subtracted in float32, or in float64 where one of the three types is.
         """
-        own_key, base_key = self._model.key_of(self._own[module]), self._base.key_of(module)
-        own, base = self._model.read_rows(own_key, where), self._base.read_rows(base_key, where)
+        own_key, base_key = self._model.key_of(self._own[module]), self.base.key_of(module)
+        own, base = self._model.read_rows(own_key, where), self.base.read_rows(base_key, where)
         wide = torch.float64 if torch.float64 in {own.dtype, base.dtype, self._dtype} else torch.float32
         widened = own.to(wide)  # what is read may be a map of the file
         difference = (widened - base.to(wide) if widened is own else widened.sub_(base.to(wide))).to(self._dtype)
-        _check_finite(difference, ((self._model, own_key, own), (self._base, base_key, base)), where)
+        _check_finite(difference, ((self._model, own_key, own), (self.base, base_key, base)), where)
         return difference
 
     def _columns(self, module: str, where: slice) -> Tensor:

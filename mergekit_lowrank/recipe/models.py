@@ -99,7 +99,7 @@ class ModelEntry(Strict):
 
     model: Model = Field(
         description="A path (relative to the recipe), or `org/name`, `org/name@revision` or `hf:org/name` on the "
-        "Hugging Face Hub. An existing path wins. A whole model is a path. In Python also an in-memory adapter."
+        "Hugging Face Hub. An existing path wins. In Python also an in-memory adapter."
     )
     parameters: Parameters = Field(
         default={},
@@ -198,8 +198,8 @@ class Recipe(Strict):
     )
     base_model: Text | None = Field(
         default=None,
-        description="The base model, a path or Hugging Face id, where a method or the model card needs it. For "
-        "`output.kind: model` and for fine-tunes among the models, the path of its directory.",
+        description="The base model, a path or Hugging Face id. Its name goes into the model card; its weights are "
+        "read only for `output.kind: model`, fine-tunes, DoRA and `extras: delta`.",
     )
     seed: Annotated[
         int, Field(ge=0, le=INT64_MAX), told_as(f"a whole number between 0 and 2^{INT64_MAX.bit_length()} - 1")

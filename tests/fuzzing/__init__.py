@@ -1,0 +1,1 @@
+"""Readers given random and mutated files: ``python -m tests.fuzzing``."""
