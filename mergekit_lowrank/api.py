@@ -319,8 +319,8 @@ def _shard(index: int, count: int) -> Shard:
 def _check_output(output: Path, made: Plan) -> None:
     target = output.resolve()
     directories = {(_place(path, c).resolve(), f"input '{c.label}'") for c in made.inputs for path in c.files}
-    if made.fold is not None:
-        directories.add((made.fold.base.directory.resolve(), "base model"))
+    if made.base is not None:
+        directories.add((made.base.directory.resolve(), "base model"))
     for directory, what in sorted(directories):
         if target == directory or directory in target.parents:
             raise OutputError(f"the output {output} lies in the {what} ({directory}); choose another directory")

@@ -159,7 +159,8 @@ def rows_as_stored(update: Update, plan: Plan, module: str) -> Iterator[tuple[in
     """
     own = plan.module(module)
     for block in blocks_of_rows((own.shape.d_out, own.shape.d_in), BLOCK_ENTRIES):
-        rows = _onto_base(update.rows(block).cpu(), block.start, own.layout, plan).to(own.dtype)
+        rows = _onto_base(update.rows(block).cpu(), block.start, own.layout, plan)
+        rows = (rows if own.dtype.is_floating_point else rows.round()).to(own.dtype)
         if not bool(rows.isfinite().all()):
             name = str(own.dtype).removeprefix("torch.")
             raise OutputError(

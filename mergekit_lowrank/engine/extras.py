@@ -24,13 +24,14 @@ from mergekit_lowrank.formats import (
 )
 from mergekit_lowrank.formats.layouts import PREFIX
 from mergekit_lowrank.formats.parameters import matrix_shape
-from mergekit_lowrank.lowrank import InputUpdate, StreamedUpdate
+from mergekit_lowrank.lowrank import InputUpdate, StreamedUpdate, blocks_of_rows
 from mergekit_lowrank.recipe import From, Recipe
 
 __all__ = ["needs_base", "with_extras"]
 
 BASE = "base_model"
 SHOWN = 3
+BLOCK_ENTRIES = 1 << 20
 
 _ADVICE = (
     "Say what becomes of them with 'extras' in the recipe: average (of one input: that input), {{from: {label}}}, "
@@ -67,7 +68,7 @@ def with_extras(
     wrapped = {
         name for own in checkpoints for name, header in own.modules.items() if isinstance(header.layout, Factored)
     }
-    _refuse_both(checkpoints, wrapped)
+    _refuse_both(chosen, checkpoints, wrapped)
     policy = _Policy(recipe, base, dtype, frozenset(wrapped))
     if recipe.output.kind == "model":
         _refuse_other_rows(chosen)
@@ -99,8 +100,8 @@ def _chosen(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> list[Checkpoin
     return found
 
 
-def _refuse_both(checkpoints: Sequence[Checkpoint], wrapped: set[str]) -> None:
-    for own in checkpoints:
+def _refuse_both(chosen: Sequence[Checkpoint], checkpoints: Sequence[Checkpoint], wrapped: set[str]) -> None:
+    for own in chosen:
         for extra in own.extras.values():
             module = extra.name.rpartition(".")[0]
             if extra.saved_under and module in wrapped:
@@ -163,7 +164,7 @@ class _Policy:
             for other in extras
             if other not in copies
             and (own.shape, own.tokens) == (other.shape, other.tokens)
-            and torch.equal(*(checkpoint.read_extra(name, slice(None)) for name in (own.name, other.name)))
+            and _are_equal(checkpoint, own, other)
         }
         return [own for own in extras if own.name not in twins]
 
@@ -189,7 +190,9 @@ class _Policy:
                 "path of the model that the inputs were tuned from"
             )
         module = extra.name.removesuffix(".weight")
-        key = self.base.keys_for([module if module in self.base.modules else extra.name]).popitem()[1]
+        table = self.base.table_of(module) if self.recipe.output.kind == "adapter" else None
+        module = table or (module if module in self.base.modules else extra.name)
+        key = self.base.key_of(table) if table else self.base.keys_for([module]).popitem()[1]
         shape = self.base.source.specs[key].shape
         if extra.tokens is None and shape != extra.shape:
             raise CheckpointError(f"'{extra.name}' is {list(extra.shape)}, and {list(shape)} in the base")
@@ -263,6 +266,12 @@ class _Extended(Derived):
             layout=layout,
             replaces=policy.replaces,
         )
+
+
+def _are_equal(checkpoint: Checkpoint, one: Extra, other: Extra) -> bool:
+    blocks = blocks_of_rows(matrix_shape(one.shape), BLOCK_ENTRIES)
+    pairs = ((checkpoint.read_extra(one.name, block), checkpoint.read_extra(other.name, block)) for block in blocks)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,18 @@ import torch
 
 from mergekit_lowrank.engine.extras import needs_base, with_extras
 from mergekit_lowrank.errors import CheckpointError, MergeError, raise_together
-from mergekit_lowrank.formats import ADD_BASE, Adapter, Checkpoint, Derived, FusedExperts, ModelDirectory, WholeModel
+from mergekit_lowrank.formats import (
+    ADD_BASE,
+    Adapter,
+    Checkpoint,
+    Derived,
+    FusedExperts,
+    ModelDirectory,
+    ModuleHeader,
+    Whole,
+    WholeModel,
+)
+from mergekit_lowrank.formats.layouts import LORA_BIAS
 from mergekit_lowrank.lowrank import InputUpdate
 from mergekit_lowrank.recipe import HubId, InMemoryAdapter, ModelEntry, Recipe, resolve_directory, resolve_model
 from mergekit_lowrank.registry import Registry
@@ -79,8 +90,9 @@ def open_inputs(
             continue
     raise_together(found)
     base = _open_base(recipe, opened, download)
-    stored = {header.dtype for checkpoint in opened for header in checkpoint.modules.values()}
-    dtype = torch.float64 if torch.float64 in stored else getattr(torch, recipe.dtype)
+    stored = {header.dtype for own in opened for header in (*own.modules.values(), *own.extras.values())}
+    is_wide = torch.float64 in stored or not all(dtype.is_floating_point for dtype in stored)
+    dtype = torch.float64 if is_wide else getattr(torch, recipe.dtype)
     ready = _against(base, opened, recipe, dtype)
     if base is not None and recipe.output.kind == "model":
         ready = [FusedExperts.of(own, base, dtype) for own in ready]
@@ -136,6 +148,12 @@ def _under_one_name(
 
 
 def _under_names_of(base: ModelDirectory, checkpoint: Checkpoint) -> Checkpoint:
+    without = [name for name, own in checkpoint.modules.items() if _is_lora_bias(own) and not base.has(name)]
+    if without:
+        raise CheckpointError(
+            f"'{checkpoint.label}' has biases of lora_B ({len(without)}, such as for '{without[0]}'), and the layers "
+            "of the base have none that could take them. Write an adapter instead of a model."
+        )
     names: dict[str, str] = {}
     for module, key in base.keys_for(checkpoint.modules).items():
         other = names.setdefault(base.module_of(key), module)
@@ -145,6 +163,10 @@ def _under_names_of(base: ModelDirectory, checkpoint: Checkpoint) -> Checkpoint:
                 "are not added to it together. Leave one out, such as by extras: {from: base_model}."
             )
     return checkpoint if all(name == own for name, own in names.items()) else _Renamed(checkpoint, names)
+
+
+def _is_lora_bias(header: ModuleHeader) -> bool:
+    return isinstance(header.layout, Whole) and header.layout.key.endswith(LORA_BIAS)
 
 
 class _Renamed(Derived):

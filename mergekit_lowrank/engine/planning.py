@@ -24,7 +24,18 @@ from mergekit_lowrank.errors import (
     StrategyError,
     raise_together,
 )
-from mergekit_lowrank.formats import Checkpoint, Factored, Layout, ModelDirectory, ModelLayout, ModuleHeader
+from mergekit_lowrank.formats import (
+    Checkpoint,
+    Embedding,
+    Factored,
+    Layout,
+    ModelDirectory,
+    ModelLayout,
+    ModuleHeader,
+    Whole,
+    unloadable,
+)
+from mergekit_lowrank.formats.parameters import is_output
 from mergekit_lowrank.policies import RankPolicy, WholeRank
 from mergekit_lowrank.recipe import Depths, From, Recipe
 from mergekit_lowrank.spaces import ModuleShape
@@ -78,9 +89,11 @@ def build_plan(
         tokenizer = planned_tokenizer(recipe, inputs, base)
     except MergeError as error:
         problems += error.problems
-    fold = None
+    fold, tied = None, list[str]()
     try:
-        fold = _fold(recipe, inputs, base) if base is not None and recipe.output.kind == "model" else None
+        if base is not None and recipe.output.kind == "model":
+            fold = _fold(recipe, inputs, base)
+            tied = [*_tied(inputs, base, fold)]
     except MergeError as error:
         problems += error.problems
     raise_together(problems)
@@ -99,12 +112,13 @@ def build_plan(
             *filter_warnings(recipe, names),
             *licence_warnings(source_cards(recipe, inputs, base)),
             *model_config_remarks(inputs),
+            *tied,
         ),
         fold=fold,
         base=base,
         tokenizer=tokenizer,
     )
-    raise_together([*target_problems(made)])
+    raise_together([*_unloadable(made), *target_problems(made)])
     return replace(made, warnings=(*made.warnings, *target_remarks(made)))
 
 
@@ -157,11 +171,9 @@ class _Draft:
                 is_matrix=all(header.kind == "matrix" for header in headers),
                 replaces=replaces,
             )
-            weights, total = (
-                _shares(settings, participants, self._recipe)
-                if replaces
-                else self._participant_weights(name, settings, participants)
-            )
+            weights, total = self._participant_weights(name, settings, participants)
+            if replaces:
+                weights, total = _shares(settings, participants, self._recipe)
             settings.group.strategy.check_weights(weights, total)
             shape = ModuleShape(
                 headers[0].d_out,
@@ -209,14 +221,15 @@ class _Draft:
         if other is not None and self._recipe.output.kind == "adapter":
             first, second = (self._inputs[participants[n]].label for n in (0, other))
             raise IncompatibleInputsError(
-                f"'{first}' stores it as {headers[0].layout}, '{second}' as {headers[other].layout}; inputs must "
-                "change the same parameters of one base model"
+                f"'{first}' holds {headers[0].layout}, '{second}' {headers[other].layout}; inputs must change the same "
+                "parameters of one base model, in the same way"
             )
         return headers[0].layout
 
     def _stored_dtype(self, headers: Sequence[ModuleHeader], layout: Layout) -> torch.dtype:
-        """That of all factors; of a tensor without any its own, unless the recipe says otherwise."""
-        if isinstance(layout, Factored) or self._recipe.out_dtype is not None:
+        """That of all factors; of a tensor without any its own, unless the recipe says otherwise for numbers."""
+        are_numbers = all(header.dtype.is_floating_point for header in headers)
+        if isinstance(layout, Factored) or (self._recipe.out_dtype is not None and are_numbers):
             return self._stored
         dtype = headers[0].dtype
         for header in headers[1:]:
@@ -275,17 +288,24 @@ def _module_names(inputs: Sequence[Checkpoint]) -> list[str]:
 
 
 def _incompatibilities(inputs: Sequence[Checkpoint]) -> Iterator[MergeError]:
-    owners = Counter(name for checkpoint in inputs for name in checkpoint.modules)
-    for checkpoint in inputs:
-        if len(inputs) > 1 and not any(owners[name] > 1 for name in checkpoint.modules):
+    decisive = [_decisive(checkpoint) for checkpoint in inputs]
+    owners = Counter(name for names in decisive for name in names)
+    for checkpoint, names in zip(inputs, decisive, strict=True):
+        if len(inputs) > 1 and not any(owners[name] > 1 for name in names):
             other = next(c for c in inputs if c is not checkpoint)
             yield IncompatibleInputsError(
                 f"'{checkpoint.label}' shares no module with the other inputs: "
-                f"it has '{next(iter(checkpoint.modules))}', '{other.label}' has '{next(iter(other.modules))}'. "
+                f"it has '{names[0]}', '{other.label}' has '{_decisive(other)[0]}'. "
                 "Inputs must be adapters of one base model, with the same key prefix; "
                 "compare them with `mergekit-lowrank inspect`."
             )
     yield from _shape_conflicts(inputs)
+
+
+def _decisive(checkpoint: Checkpoint) -> list[str]:
+    """The modules by which inputs meet: those with factors, since a head is called the same whatever lies below it."""
+    factored = [name for name, own in checkpoint.modules.items() if isinstance(own.layout, Factored)]
+    return factored or [*checkpoint.modules]
 
 
 def _shape_conflicts(inputs: Sequence[Checkpoint]) -> Iterator[MergeError]:
@@ -353,10 +373,11 @@ def _fold(recipe: Recipe, inputs: Sequence[Checkpoint], base: ModelDirectory) ->
 
 
 def _compute_dtype(recipe: Recipe, inputs: Sequence[Checkpoint]) -> torch.dtype:
-    """The recipe's; float64 where an input is, so that nothing is lost in silence."""
+    """The recipe's; float64 where an input is, or has whole numbers, so that nothing is lost in silence."""
     asked: torch.dtype = getattr(torch, recipe.dtype)
     stored = {header.dtype for checkpoint in inputs for header in checkpoint.modules.values()}
-    return torch.float64 if torch.float64 in stored else asked
+    is_wide = torch.float64 in stored or not all(dtype.is_floating_point for dtype in stored)
+    return torch.float64 if is_wide else asked
 
 
 def _out_dtype(recipe: Recipe, inputs: Sequence[Checkpoint], base: ModelDirectory | None) -> torch.dtype:
@@ -397,6 +418,35 @@ def _warnings(inputs: Sequence[Checkpoint], modules: Sequence[ModulePlan]) -> It
         if lacking:
             named = ", ".join(lacking[:SHOWN]) + (", …" if len(lacking) > SHOWN else "")
             yield f"'{checkpoint.label}' lacks {len(lacking)} of {len(modules)} modules ({named})"
+
+
+def _unloadable(made: Plan) -> Iterator[MergeError]:
+    """What the inputs hold together that no adapter can."""
+    if not made.folds:
+        for what in unloadable({module.name: module.layout for module in made.modules}):
+            yield IncompatibleInputsError(
+                f"the merged adapter would hold {what}, and peft does not load them together. Leave one out, such as "
+                "by extras: {from: base_model}, or write output: {kind: model}"
+            )
+
+
+def _tied(inputs: Sequence[Checkpoint], base: ModelDirectory, fold: Fold) -> Iterator[str]:
+    """Embeddings that adapters change alone, and that are the output layer of the base too."""
+    for name, key in fold.keys.items():
+        if base.outputs_tied_to(base.module_of(key)) and any(_is_alone(own, name) for own in inputs):
+            yield (
+                f"'{name}' is the output layer of the base too, so both change; peft changes the embedding alone, "
+                "unless the adapter was trained with ensure_weight_tying"
+            )
+
+
+def _is_alone(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether an adapter changes an embedding, and not the output layer with it."""
+    header = checkpoint.modules.get(name)
+    if header is None or any(is_output(extra.name) for extra in checkpoint.extras.values()):
+        return False
+    rows = [extra for extra in checkpoint.extras.values() if extra.tokens and extra.name == f"{name}.weight"]
+    return isinstance(header.layout, Embedding) or (isinstance(header.layout, Whole) and not rows)
 
 
 def _split_surveys(modules: Sequence[ModulePlan]) -> Iterator[str]:

@@ -304,7 +304,7 @@ def settled_ranks(found: Mapping[str, int], plan: Plan) -> dict[str, int]:
     if plan.recipe.output.uniform_rank:
         largest = max(ranks.values())
         return {name: largest if plan.module(name).is_factored else 0 for name in ranks}
-    return _level_in_slots(ranks, plan)
+    return _level(ranks, plan)
 
 
 def factored_ranks(ranks: Mapping[str, int], plan: Plan) -> dict[str, int]:
@@ -312,10 +312,13 @@ def factored_ranks(ranks: Mapping[str, int], plan: Plan) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if plan.module(name).is_factored}
 
 
-def _level_in_slots(ranks: Mapping[str, int], plan: Plan) -> dict[str, int]:
-    """Modules that share tensors have one rank, the largest."""
-    slots = slots_of(plan.members(ranks))
-    return {own.module: max(other.rank for other in members) for members in slots.values() for own in members}
+def _level(ranks: Mapping[str, int], plan: Plan) -> dict[str, int]:
+    """Modules whose ranks a configuration says together have one, the largest."""
+    largest: dict[str, int] = {}
+    for module in plan.modules:
+        for target in module.layout.targets(module.name):
+            largest[target] = max(largest.get(target, 0), ranks[module.name])
+    return {m.name: max(largest[target] for target in m.layout.targets(m.name)) for m in plan.modules}
 
 
 def _rank_of(update: Update) -> int:

@@ -116,7 +116,7 @@ def identity_of(plan: Plan, registry: Registry, devices: Iterable[str], shards: 
         "devices": sorted(set(devices)),
         "recipe": _absolute(plan).to_yaml(),
         "inputs": [_files_of(checkpoint) for checkpoint in plan.inputs],
-        "base": plan.fold.base.fingerprint if plan.fold is not None else None,
+        "base": plan.base.fingerprint if plan.base is not None else None,
         "shards": shards,
     }
 
@@ -143,8 +143,8 @@ def _files_of(checkpoint: Checkpoint) -> list[list[Any]]:
 
 
 def inputs_of(plan: Plan) -> list[Path]:
-    """The files of all inputs, and of the base that they are added to."""
-    base = plan.fold.base.files if plan.fold is not None else ()
+    """The files of all inputs, and of the base where it is read."""
+    base = plan.base.files if plan.base is not None else ()
     return list(dict.fromkeys([*(path for checkpoint in plan.inputs for path in checkpoint.files), *base]))
 
 

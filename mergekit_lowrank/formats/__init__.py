@@ -35,7 +35,14 @@ from mergekit_lowrank.formats.model_output import ModelLayout, ModelWriter
 from mergekit_lowrank.formats.peft import PeftCheckpoint, PeftFormat
 from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
 from mergekit_lowrank.formats.peft_keys import Findings, tensor_names
-from mergekit_lowrank.formats.peft_output import TENSOR_FILE, PeftWriter, config_text, output_config, slots_of
+from mergekit_lowrank.formats.peft_output import (
+    TENSOR_FILE,
+    PeftWriter,
+    config_text,
+    output_config,
+    slots_of,
+    unloadable,
+)
 from mergekit_lowrank.formats.stream import SafetensorsHeader, SafetensorsStream
 from mergekit_lowrank.formats.tensors import DTYPES, TensorSource, TensorSpec, open_tensors
 
@@ -93,6 +100,7 @@ __all__ = [
     "shared_directory",
     "slots_of",
     "tensor_names",
+    "unloadable",
     "write_text",
     "writing",
 ]

@@ -7,9 +7,10 @@ rounding: by views, transpositions and reshapes.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,9 +64,19 @@ class Layout(ABC):
     Modules of one slot share tensors, which are written when all of them are there; most have one of their own.
     """
 
+    def __str__(self) -> str:
+        return f"factors of {type(self).__name__.lower()} layers"
+
     def slot(self, module: str) -> str:
         """What the modules that share tensors have in common."""
         return module
+
+    def targets(self, module: str) -> tuple[str, ...]:
+        """What patterns of a configuration call what a module changes.
+
+        Modules with one in common have one rank.
+        """
+        return (module,)
 
     @abstractmethod
     def announced(self, members: Sequence[Member]) -> dict[str, tuple[int, ...]]:
@@ -214,6 +225,14 @@ class Expert(Factored):
         """The path."""
         return self.path
 
+    def targets(self, module: str) -> tuple[str, ...]:
+        """The parameters of the module, whichever of them this is."""
+        holder = re.sub(r"(\.base_layer)+$", "", self.path)
+        own = (name.rpartition(".") for name in self.parameters)
+        return tuple(
+            f"{holder}.{parameter}" for target, _, parameter in own if holder == target or holder.endswith(f".{target}")
+        ) or (holder,)
+
     def names(self, module: str) -> tuple[str, str]:
         """As of a linear layer, of all experts."""
         return LINEAR.names(self.path)
@@ -259,8 +278,11 @@ class Whole(Layout):
     key: str
     shape: tuple[int, ...]
     onto: str | None = None
-    saved_under: str | None = None
+    saved_under: str | None = field(default=None, compare=False)
     in_side_file: bool = False
+
+    def __str__(self) -> str:
+        return f"the tensor '{self.key}' {list(self.shape)}"
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -294,6 +316,9 @@ class TokenRow(Layout):
     module: str
     token: int
     onto: str | None = None
+
+    def __str__(self) -> str:
+        return f"row {self.token} of '{self.module}'"
 
     def slot(self, module: str) -> str:
         """The tensor."""

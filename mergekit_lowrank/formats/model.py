@@ -161,6 +161,10 @@ class ModelDirectory:
         kernels = {key.removesuffix(".weight"): key for key in self._keys.values() if key.endswith(".weight")}
         return {**{key: key for key in self._keys.values()}, **kernels, **self._keys}
 
+    def has(self, module: str) -> bool:
+        """Whether it has a parameter of this name, perhaps behind a prefix."""
+        return module in self._known or any(key.endswith(f".{module}") for key in self._known)
+
     def module_of(self, key: str) -> str:
         """The module of a parameter, the inverse of ``key_of``."""
         return module_of(key, self.source.specs[key])
@@ -201,6 +205,10 @@ class ModelDirectory:
         architectures = self.config.get("architectures")
         names = architectures if isinstance(architectures, list) else []
         return ("lm_head",) if any(str(name).endswith(_WITH_OUTPUT) for name in names) else ()
+
+    def table_of(self, output: str) -> str | None:
+        """The embedding that is one parameter with an output layer; None where none is."""
+        return next((module for module in self._keys if output in self.outputs_tied_to(module)), None)
 
     def may_be_tied(self, key: str) -> bool:
         """Whether a tensor of this name may be one parameter with another."""

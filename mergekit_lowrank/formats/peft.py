@@ -203,7 +203,7 @@ def _headers(contents: Contents, source: TensorSource, config: PeftConfig, where
     findings = Findings(where)
     headers = dict[str, ModuleHeader]()
     for module, own in contents.factors.items():
-        target = own.layout.path if isinstance(own.layout, Expert) else module
+        target = next(iter(config.parameters_of(own.layout.path)), module) if isinstance(own.layout, Expert) else module
         claimed = config.rank_of(target)
         if claimed != own.rank:
             findings.add(

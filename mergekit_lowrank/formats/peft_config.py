@@ -150,9 +150,13 @@ class PeftConfig(BaseModel):
         """The rank that the configuration claims for a module."""
         return _first_match(self._ranks, module, self.r)
 
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module."""
+        return _first_match(self._alphas, module, self.lora_alpha)
+
     def scaling_of(self, module: str, *, rank: int) -> float:
         """What multiplies b · a in a module whose factors have rank ``rank``: alpha/r, or alpha/√r with rsLoRA."""
-        alpha = _first_match(self._alphas, module, self.lora_alpha)
+        alpha = self.alpha_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
@@ -169,10 +173,13 @@ class PeftConfig(BaseModel):
         return next((name for name in self.modules_to_save if any(_names(name, path) for path in above)), None)
 
     def parameters_of(self, path: str) -> tuple[str, ...]:
-        """``target_parameters``, where any is of the module at ``path``; else none."""
-        module = re.sub(r"(\.base_layer)+$", "", path)
+        """The parameters among ``target_parameters`` that a module has, by their full names.
+
+        peft nests those of one module under ``base_layer``, and does not say which is which.
+        """
+        holder = re.sub(r"(\.base_layer)+$", "", path)
         own = (name.rpartition(".") for name in self.target_parameters)
-        return self.target_parameters if any(_names(holder, module) for holder, _, _ in own) else ()
+        return tuple(f"{holder}.{parameter}" for target, _, parameter in own if _names(target, holder))
 
     @cached_property
     def _ranks(self) -> list[tuple[re.Pattern[str], int]]:

@@ -252,13 +252,21 @@ def _factors(
     """One module, or as many as there are experts."""
     a, b = specs[a_key].shape, specs[b_key].shape
     parameters = config.parameters_of(module)
+    target = parameters[0] if parameters else module
     if "lora_embedding" in a_key:
         yield module, Factors(a_key, b_key, Embedding(), (a[1], b[0]), a[0])
     elif len(a) > 2:
         columns = a[1] * torch.Size(a[2:]).numel()
         yield module, Factors(a_key, b_key, Convolution(a[1], tuple(a[2:])), (b[0], columns), a[0])
-    elif parameters and a[0] != config.rank_of(module):
-        rank = config.rank_of(module)
+    elif len({(config.rank_of(name), config.alpha_of(name)) for name in parameters}) > 1:
+        findings.add(
+            "fused parameters of one module with ranks or alphas of their own, of which the file does not say which is "
+            "which",
+            f"'{module}' ({', '.join(parameters)})",
+            "Train them with one rank and one alpha.",
+        )
+    elif parameters and a[0] != config.rank_of(target):
+        rank = config.rank_of(target)
         if a[0] % rank:
             findings.add(
                 "fused experts whose factors are no multiple of the rank",
@@ -268,7 +276,7 @@ def _factors(
             return
         count = a[0] // rank
         for index in range(count):
-            layout = Expert(module, index, count, parameters)
+            layout = Expert(module, index, count, config.target_parameters)
             yield f"{module}[{index}]", Factors(a_key, b_key, layout, (b[0], a[1]), rank)
     else:
         yield module, Factors(a_key, b_key, LINEAR, (b[0], a[1]), a[0])

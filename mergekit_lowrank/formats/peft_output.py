@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,15 +14,25 @@ from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.filenames import SIDE_FILE
-from mergekit_lowrank.formats.base import Checkpoint, Writer
+from mergekit_lowrank.formats.base import Checkpoint, Extra, Writer
 from mergekit_lowrank.formats.directory import write_text, writing
-from mergekit_lowrank.formats.layouts import LORA_BIAS, Expert, Factored, Layout, Member, TokenRow, Whole
+from mergekit_lowrank.formats.layouts import (
+    LORA_BIAS,
+    PREFIX,
+    Embedding,
+    Expert,
+    Factored,
+    Layout,
+    Member,
+    TokenRow,
+    Whole,
+)
 from mergekit_lowrank.formats.peft import PeftCheckpoint
 from mergekit_lowrank.formats.peft_config import CONFIG_NAME
 from mergekit_lowrank.formats.stream import SafetensorsStream
 from mergekit_lowrank.lowrank import LowRankUpdate
 
-__all__ = ["TENSOR_FILE", "PeftWriter", "config_text", "output_config", "slots_of"]
+__all__ = ["TENSOR_FILE", "PeftWriter", "config_text", "output_config", "slots_of", "unloadable"]
 
 TENSOR_FILE = "adapter_model.safetensors"
 
@@ -53,12 +63,13 @@ def output_config(
         rank: what ``r`` is; the largest rank when left out.
         fan_in_fan_out: whether the base stores its weights as (in, out).
     """
-    targets = {_target(name, layout): name for name, layout in layouts.items() if isinstance(layout, Factored)}
+    factored = {name: layout for name, layout in layouts.items() if isinstance(layout, Factored)}
+    targets = {target: name for name, layout in factored.items() for target in layout.targets(name)}
     own_ranks = {target: ranks[name] for target, name in sorted(targets.items())}
     own_alphas = {target: (alphas or ranks)[name] for target, name in sorted(targets.items())}
     r = rank or max(own_ranks.values(), default=1)
     alpha = r if alphas is None else _most_common(own_alphas.values(), r)
-    fused = {layout.path for layout in layouts.values() if isinstance(layout, Expert)}
+    modules = sorted(name for name, layout in factored.items() if not isinstance(layout, Expert))
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -73,15 +84,11 @@ def output_config(
         "bias": _bias(layouts),
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
-        "target_modules": [target for target in own_ranks if target not in fused],
+        "target_modules": modules,
         "rank_pattern": _pattern(own_ranks, r),
         "alpha_pattern": _pattern(own_alphas, alpha),
         **_beside(layouts),
     }
-
-
-def _target(module: str, layout: Layout) -> str:
-    return layout.path if isinstance(layout, Expert) else module
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
@@ -129,6 +136,22 @@ def _beside(layouts: Mapping[str, Layout]) -> dict[str, object]:
 def config_text(config: Mapping[str, object]) -> str:
     """The text of ``adapter_config.json``. Keys keep their order: in the patterns the first match wins."""
     return json.dumps(config, indent=2) + "\n"
+
+
+def unloadable(layouts: Mapping[str, Layout]) -> Iterator[str]:
+    """What peft (0.21) does not load together in one adapter, though each of it loads in one of its own."""
+    whole = [layout for layout in layouts.values() if isinstance(layout, Whole)]
+    if any(layout.key.endswith(LORA_BIAS) for layout in whole):
+        for kind, what in ((Embedding, "of an embedding"), (Expert, "of fused experts")):
+            other = next((name for name, layout in layouts.items() if isinstance(layout, kind)), None)
+            if other is not None:
+                yield f"biases of lora_B and factors {what} ('{other}')"
+    saved = {layout.key.removeprefix(PREFIX).rpartition(".")[0] for layout in whole if layout.saved_under}
+    for module in sorted({layout.module for layout in layouts.values() if isinstance(layout, TokenRow)}):
+        if isinstance(layouts.get(module), Factored):
+            yield f"trained rows and factors of one embedding ('{module}')"
+        if module in saved:
+            yield f"trained rows of an embedding and all of it ('{module}')"
 
 
 def slots_of(members: Iterable[Member]) -> dict[str, list[Member]]:
@@ -203,13 +226,24 @@ def _config(checkpoint: Checkpoint) -> dict[str, object]:
         return dict(checkpoint.config)
     factored = {name: own for name, own in checkpoint.modules.items() if isinstance(own.layout, Factored)}
     ranks = {name: own.rank for name, own in factored.items()}
+    layouts = {name: own.layout for name, own in checkpoint.modules.items()}
+    layouts |= {name: layout for extra in checkpoint.extras.values() for name, layout in _layouts_of(extra)}
     return output_config(
         base_model=checkpoint.base_model,
         revision=checkpoint.revision,
         task_type=checkpoint.task_type,
-        layouts={name: own.layout for name, own in checkpoint.modules.items()},
+        layouts=layouts,
         ranks=ranks,
         alphas={name: own.scaling * own.rank for name, own in factored.items()},
         rank=int(_most_common(ranks.values(), 1)),
         fan_in_fan_out=checkpoint.fan_in_fan_out,
     )
+
+
+def _layouts_of(extra: Extra) -> Iterator[tuple[str, Layout]]:
+    """A tensor beside factors as modules are stored: one, or one for each row."""
+    module = extra.name.removesuffix(".weight")
+    if extra.tokens is None:
+        yield extra.name, Whole(extra.key, extra.shape, None, extra.saved_under, extra.in_side_file)
+    for token in extra.tokens or ():
+        yield f"{module}[{token}]", TokenRow(extra.key, module, token)

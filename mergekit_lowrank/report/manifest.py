@@ -115,10 +115,10 @@ def build_manifest(
 
 
 def _base(plan: Plan) -> dict[str, Any] | None:
-    """The base that the updates were added to, by sizes, times and headers: its weights are not hashed."""
-    if plan.fold is None:
+    """The base, where its weights were read, by sizes, times and headers: they are not hashed."""
+    if plan.base is None:
         return None
-    return {"location": plan.recipe.base_model, "fingerprint": plan.fold.base.fingerprint}
+    return {"location": plan.recipe.base_model, "fingerprint": plan.base.fingerprint}
 
 
 def _file(path: Path, digest: str | None) -> dict[str, Any]:

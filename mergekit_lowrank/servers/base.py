@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from mergekit_lowrank.formats import Checkpoint, ModuleHeader
 from mergekit_lowrank.servers.contents import Contents
 
-__all__ = ["CONVERT", "FOLD", "KEEP", "MERGE", "Server", "Verdict", "misapplied", "verdict"]
+__all__ = ["FOLD", "KEEP", "Server", "Verdict", "anew", "converted", "misapplied", "plain", "verdict"]
 
 FOLD = "Fold it into the base model (output: {kind: model}) and serve that."
-MERGE = "Write it anew: mergekit-lowrank merge --method linear ADAPTER -o OUT puts all scaling into the factors."
-CONVERT = "Convert it: mergekit-lowrank convert ADAPTER OUT --format {format}."
-
 KEEP = "That is right unless tokens were added to the vocabulary. Then fold it (output: {kind: model})."
 
 _SHOWN = 3
@@ -26,6 +23,8 @@ _DIALECTS = {
     "kohya": "a file in kohya's names",
     "diffusers": "a file in diffusers' names",
 }
+_NEEDED = {"gguf": "; add --base DIRECTORY if its base is not on this machine"}
+"""What a writer needs beside the adapter."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Server(ABC):
         version: the release whose code the rules were taken from.
         format: the writer of what it loads.
         reads: the dialects that it loads as they are.
+        is_for_diffusion: whether its models are those of a diffusion pipeline; else they are language models.
         accepted_ranks: the ranks that it can be started with, ascending; empty where it takes any.
     """
 
@@ -61,31 +61,65 @@ class Server(ABC):
     version: ClassVar[str]
     format: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
+    is_for_diffusion: ClassVar[bool] = False
     accepted_ranks: ClassVar[tuple[int, ...]] = ()
 
-    def judge(self, checkpoint: Checkpoint, *, dialect: str | None = None) -> list[Verdict]:
+    def judge(self, checkpoint: Checkpoint, *, dialect: str | None = None, called: str | None = None) -> list[Verdict]:
         """All that it refuses, drops or misapplies, from headers alone.
 
         Args:
             checkpoint: an adapter, opened.
             dialect: the writer that is going to write it (``peft``, ``gguf``, …); left out, the adapter is judged as
                 it lies.
+            called: what the commands in advice call the adapter; by default the path that it was opened at.
         """
-        contents = Contents.of(checkpoint, dialect)
-        return [*self._judge_dialect(contents), *self._judge(contents)]
+        contents = Contents.of(checkpoint, dialect, called)
+        return [*self._judge_model(contents)] or [*self._judge_dialect(contents), *self._judge(contents)]
 
     @abstractmethod
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
         """What it does with the modules, their scaling and all that lies beside them."""
 
-    def _judge_dialect(self, contents: Contents) -> Iterator[Verdict]:
+    def _judge_model(self, contents: Contents) -> Iterator[Verdict]:
+        """What has no place here, whatever is done to it."""
         if contents.dialect == "model":
             advice = "Serve it as a model, or make an adapter of it: mergekit-lowrank extract."
             yield Verdict(True, "it is a whole model and no adapter", advice)
-        elif contents.dialect not in self.reads:
-            own = " or ".join(_DIALECTS[name] for name in self.reads)
-            other = _DIALECTS.get(contents.dialect, f"of the format '{contents.dialect}'")
-            yield Verdict(True, f"{self.name} loads {own}; this is {other}", CONVERT.format(format=self.format))
+        elif self.is_for_diffusion and not contents.is_of_diffusion:
+            what = f"{self.name} has a place for modules of a UNet, transformer or text encoder only; this has others"
+            yield from verdict(contents.modules, what, "Serve a language model's adapter by vllm, sglang or llama.cpp.")
+        elif contents.is_of_diffusion and not self.is_for_diffusion:
+            what = f"{self.name} serves language models, and no LoRAs of diffusion models"
+            yield from verdict(contents.modules, what, "Load it with diffusers or comfyui.")
+
+    def _judge_dialect(self, contents: Contents) -> Iterator[Verdict]:
+        """That it is to be converted; nothing where that would not help."""
+        written = replace(contents, dialect=self.format)
+        if contents.dialect in self.reads or any(found.is_fatal for found in self._judge(written)):
+            return
+        own = " or ".join(_DIALECTS[name] for name in self.reads)
+        other = _DIALECTS.get(contents.dialect, f"of the format '{contents.dialect}'")
+        yield Verdict(True, f"{self.name} loads {own}; this is {other}", converted(contents, self.format))
+
+
+def converted(contents: Contents, writer: str) -> str:
+    """Advice to write it in another dialect; first in PEFT's plain form, if its updates need the base."""
+    if contents.needs_base:
+        return plain(contents)
+    command = f"mergekit-lowrank convert {contents.source} {contents.named(writer)} --format {writer}"
+    return f"Convert it: {command}{_NEEDED.get(writer, '')}."
+
+
+def plain(contents: Contents) -> str:
+    """Advice to make a LoRA of what is none, with the base at hand."""
+    made = f"{contents.source} {contents.named('lora')} --rank {contents.ranks[-1]} --base BASE"
+    return f"Make it a plain LoRA first: mergekit-lowrank resize {made}."
+
+
+def anew(contents: Contents) -> str:
+    """Advice to write it with one rank, and all scaling in the factors."""
+    command = f"mergekit-lowrank merge --method linear {contents.source} -o {contents.named('served')}"
+    return f"Write it anew: {command} puts all scaling into the factors."
 
 
 def verdict(names: Iterable[str], what: str, advice: str, *, is_fatal: bool = True) -> Iterator[Verdict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mergekit_lowrank.servers.base import CONVERT, FOLD, Server, Verdict, misapplied, verdict
+from mergekit_lowrank.servers.base import FOLD, Server, Verdict, converted, misapplied, verdict
 from mergekit_lowrank.servers.contents import Contents
 
 __all__ = ["ComfyUI"]
@@ -24,13 +24,14 @@ class ComfyUI(Server):
     version: ClassVar[str] = "ComfyUI 0.38.1"
     format: ClassVar[str] = "kohya"
     reads: ClassVar[tuple[str, ...]] = ("kohya", "diffusers")
+    is_for_diffusion: ClassVar[bool] = True
 
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
         if contents.dialect == "diffusers" and not contents.has_alphas:
             how = "ComfyUI does not read alpha from the file's header"
-            yield from misapplied(contents, lambda _: 1.0, how, CONVERT.format(format=self.format))
+            yield from misapplied(contents, lambda _: 1.0, how, converted(contents, self.format))
         if contents.dialect == "diffusers":
-            if contents.needs_base:
+            if contents.is_dora:
                 yield Verdict(True, "ComfyUI leaves 'lora_magnitude_vector' out, so DoRA acts as a LoRA", FOLD)
             yield from verdict(contents.biases, "ComfyUI leaves biases of lora_B out", FOLD)
         beside = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from mergekit_lowrank.formats import (
     CONFIG_NAME,
@@ -21,6 +23,11 @@ from mergekit_lowrank.formats import (
 __all__ = ["Contents"]
 
 _SHARD_INDEX = ".index.json"
+_DIFFUSION = re.compile(
+    r"^(unet|text_encoder(_\d)?)\.|^lora_(unet|te\d?|transformer)_|^transformer\..*\.(to|add)_[qkv]"
+    r"|(^|\.)(down_blocks|mid_block|up_blocks|(single_)?transformer_blocks)\."
+)
+"""In names of modules of a pipeline. Some language models' names start with ``transformer`` too."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,10 @@ class Contents:
     """An adapter's headers by kind.
 
     Attributes:
+        called: where it lies, as a person says it.
         dialect: ``peft``, ``kohya``, ``diffusers``, ``gguf``, or ``model`` of a full fine-tune.
         config: as stored.
-        needs_base: why its updates are not low-rank, as those of DoRA; None where they are.
+        needs_base: why its updates cannot be written without the base, as those of DoRA; None where they can.
         factored: the modules with two factors.
         biases: the biases of ``lora_B``, by module.
         extras: whole tensors and rows.
@@ -39,6 +47,7 @@ class Contents:
         is_nested: whether it lies in a sub-directory of the path that was given.
     """
 
+    called: str
     dialect: str
     config: Mapping[str, object]
     needs_base: str | None
@@ -50,13 +59,14 @@ class Contents:
     is_nested: bool
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dialect: str | None = None) -> Contents:
+    def of(cls, checkpoint: Checkpoint, dialect: str | None = None, called: str | None = None) -> Contents:
         """Of an adapter as it lies; or as it is going to be written, whatever files it lies in."""
         files = () if dialect else checkpoint.files
         keys = _keys(files)
         headers = checkpoint.modules.values()
         configs = [path.parent for path in files if path.name == CONFIG_NAME]
         return cls(
+            called=called or checkpoint.location,
             dialect=dialect or _dialect(checkpoint, keys),
             config=checkpoint.config,
             needs_base=checkpoint.needs_base,
@@ -67,6 +77,25 @@ class Contents:
             files=tuple(path.name for path in files),
             is_nested=bool(configs) and configs[0].resolve() != Path(checkpoint.location).resolve(),
         )
+
+    @property
+    def source(self) -> str:
+        """The adapter in a command line."""
+        return quote(self.called) if self.files else "ADAPTER"
+
+    def named(self, kind: str) -> str:
+        """What a command line makes of it."""
+        return quote(f"{Path(self.called).name or 'adapter'}-{kind}/") if self.files else "OUT"
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it is a LoRA with magnitudes."""
+        return self.needs_base is not None and self.variant is None
+
+    @property
+    def is_of_diffusion(self) -> bool:
+        """Whether its modules are those of a diffusion pipeline."""
+        return any(_DIFFUSION.search(name) for name in self.modules)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -24,9 +24,10 @@ class Diffusers(Server):
     version: ClassVar[str] = "diffusers 0.42.1"
     format: ClassVar[str] = "diffusers"
     reads: ClassVar[tuple[str, ...]] = ("diffusers", "kohya")
+    is_for_diffusion: ClassVar[bool] = True
 
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
-        if contents.needs_base and contents.dialect == "kohya":
+        if contents.is_dora and contents.dialect == "kohya":
             yield Verdict(True, "diffusers filters 'dora_scale' out, with a warning only", FOLD)
         beside = (
             *contents.saved,

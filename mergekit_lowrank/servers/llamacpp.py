@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mergekit_lowrank.servers.base import FOLD, KEEP, Server, Verdict, misapplied, verdict
+from mergekit_lowrank.servers.base import FOLD, Server, Verdict, converted, misapplied, verdict
 from mergekit_lowrank.servers.contents import Contents
 
 __all__ = ["LlamaCpp"]
 
-_OURS = "mergekit-lowrank convert ADAPTER OUT --format gguf puts the ratio into the factors."
+_COPIES = (
+    "If no tokens were added, save it again: save_pretrained(…, save_embedding_layers=False). "
+    f"If some were: {FOLD[0].lower()}{FOLD[1:]}"
+)
 
 
 class LlamaCpp(Server):
@@ -28,12 +31,13 @@ class LlamaCpp(Server):
     reads: ClassVar[tuple[str, ...]] = ("gguf",)
 
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
-        if contents.needs_base:
+        if contents.is_dora:
             yield Verdict(True, "llama.cpp has no DoRA, and its converter exits", FOLD)
         if contents.dialect == "peft" and not contents.variant:
             alpha = float(str(contents.config.get("lora_alpha") or 0))
+            fixed = converted(contents, self.format)
             how = "llama.cpp's own converter keeps one lora_alpha, divided by the rank of each tensor"
-            yield from misapplied(contents, lambda header: alpha / header.rank if alpha else 1.0, how, _OURS)
+            yield from misapplied(contents, lambda header: alpha / header.rank if alpha else 1.0, how, fixed)
         yield from verdict(contents.convolutions, "llama.cpp has no factors of convolutions", FOLD)
         yield from verdict(contents.experts, "llama.cpp does not load PEFT's factors of fused experts", FOLD)
         tied = [
@@ -44,7 +48,9 @@ class LlamaCpp(Server):
         yield from verdict(contents.biases, "llama.cpp has no lora_bias, and its converter exits", FOLD)
         beside = (*contents.saved, *contents.whole, *contents.base_biases)
         yield from verdict(beside, "llama.cpp loads no whole tensors (modules_to_save, norms, biases)", FOLD)
-        what = "llama.cpp's converter leaves the base's weights out that lie beside their factors"
-        yield from verdict(contents.copies, what, KEEP, is_fatal=False)
+        what = (
+            "llama.cpp's own converter leaves out weights of the base that lie beside their factors; ours refuses them"
+        )
+        yield from verdict(contents.copies, what, _COPIES)
         yield from verdict(contents.rows, "llama.cpp has no trainable_token_indices, and its converter exits", FOLD)
         yield from verdict(contents.side, "llama.cpp does not read LLaVA's side file", FOLD)

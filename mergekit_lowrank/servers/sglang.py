@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mergekit_lowrank.servers.base import CONVERT, FOLD, KEEP, MERGE, Server, Verdict, misapplied, verdict
+from mergekit_lowrank.servers.base import FOLD, KEEP, Server, Verdict, anew, converted, misapplied, verdict
 from mergekit_lowrank.servers.contents import Contents
 
 __all__ = ["SGLang"]
@@ -29,11 +29,11 @@ class SGLang(Server):
     reads: ClassVar[tuple[str, ...]] = ("peft",)
 
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
-        if contents.needs_base:
+        if contents.is_dora:
             yield Verdict(True, "SGLang refuses DoRA", FOLD)
         if contents.variant:
             what = f"SGLang loads peft_type LORA only; this is {contents.variant}"
-            yield Verdict(True, what, CONVERT.format(format=self.format))
+            yield Verdict(True, what, converted(contents, self.format))
         elif contents.dialect == "peft":
             yield from _judge_scaling(contents)
         yield from _judge_targets(contents)
@@ -46,16 +46,17 @@ def _judge_scaling(contents: Contents) -> Iterator[Verdict]:
     rank, alpha = (float(str(contents.config.get(name) or 1)) for name in ("r", "lora_alpha"))
     other = [header.name for header in contents.factored if header.rank != rank]
     what = f"SGLang takes r ({rank:g}) for the rank of every module and fails at others"
-    yield from verdict(other, what, MERGE)
+    yield from verdict(other, what, anew(contents))
     how = "SGLang computes lora_alpha / r, without rsLoRA and patterns"
-    yield from misapplied(contents, lambda _: alpha / rank, how, MERGE)
+    yield from misapplied(contents, lambda _: alpha / rank, how, anew(contents))
 
 
 def _judge_targets(contents: Contents) -> Iterator[Verdict]:
     """What it reads of ``target_modules``, and which modules it looks at."""
     targets = contents.config.get("target_modules")
     if contents.dialect == "peft" and (targets is None or (isinstance(targets, str) and targets not in _SHORTHANDS)):
-        yield Verdict(True, f"SGLang reads no target_modules like {targets!r}, only a list or all-linear", MERGE)
+        what = f"SGLang reads no target_modules like {targets!r}, only a list or all-linear"
+        yield Verdict(True, what, anew(contents))
     named = {str(target).rsplit(".", 1)[-1] for target in targets} if isinstance(targets, list) else {*_OUTSIDE}
     dropped = [name for name in contents.modules if not _LAYER.search(name) and name.rsplit(".", 1)[-1] not in _OUTSIDE]
     yield from verdict(dropped, "SGLang leaves out modules outside of the layers without a word", FOLD)
@@ -65,7 +66,7 @@ def _judge_targets(contents: Contents) -> Iterator[Verdict]:
         if (own := name.rsplit(".", 1)[-1]) in _OUTSIDE and not _LAYER.search(name) and own not in named
     ]
     what = "SGLang leaves out embeddings and output layers that target_modules does not name"
-    yield from verdict(unnamed, what, MERGE)
+    yield from verdict(unnamed, what, anew(contents))
 
 
 def _judge_projections(contents: Contents) -> Iterator[Verdict]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from mergekit_lowrank.policies import VLLM_RANKS, snapped
-from mergekit_lowrank.servers.base import CONVERT, FOLD, KEEP, MERGE, Server, Verdict, misapplied, verdict
+from mergekit_lowrank.servers.base import FOLD, KEEP, Server, Verdict, anew, converted, misapplied, verdict
 from mergekit_lowrank.servers.contents import Contents
 
 __all__ = ["VLLM"]
@@ -31,11 +31,11 @@ class VLLM(Server):
     accepted_ranks: ClassVar[tuple[int, ...]] = VLLM_RANKS
 
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
-        if contents.needs_base:
+        if contents.is_dora:
             yield Verdict(True, "vLLM refuses DoRA", FOLD)
         if contents.variant:
             what = f"vLLM reads lora_A and lora_B only; this is of type {contents.variant}"
-            yield Verdict(True, what, CONVERT.format(format=self.format))
+            yield Verdict(True, what, converted(contents, self.format))
         yield from _judge_ranks(contents)
         yield from _judge_patterns(contents)
         yield from _judge_files(contents)
@@ -48,7 +48,8 @@ def _judge_ranks(contents: Contents) -> Iterator[Verdict]:
     started = snapped(largest, VLLM_RANKS)
     if started is None:
         limit = VLLM_RANKS[-1]
-        advice = f"Cut it: mergekit-lowrank resize ADAPTER OUT --rank {limit}."
+        made = f"{contents.source} {contents.named(str(limit))} --rank {limit}"
+        advice = f"Cut it: mergekit-lowrank resize {made}."
         yield Verdict(True, f"vLLM loads no rank above {limit}; the largest is {largest}", advice)
     elif started > _DEFAULT_RANK:
         what = f"rank {largest} needs more than vLLM's default of {_DEFAULT_RANK}"
@@ -61,7 +62,7 @@ def _judge_patterns(contents: Contents) -> Iterator[Verdict]:
         return
     scaling = _global_scaling(contents)
     how = "vLLM 0.33.0 reads rank_pattern and alpha_pattern; older releases take one scaling for all modules"
-    yield from misapplied(contents, lambda _: scaling, how, MERGE, is_fatal=False)
+    yield from misapplied(contents, lambda _: scaling, how, anew(contents), is_fatal=False)
 
 
 def _global_scaling(contents: Contents) -> float:
@@ -71,7 +72,7 @@ def _global_scaling(contents: Contents) -> float:
 
 def _judge_files(contents: Contents) -> Iterator[Verdict]:
     what = "vLLM opens adapter_model.safetensors or .bin only, no shards"
-    yield from verdict(contents.shards, what, CONVERT.format(format="peft"))
+    yield from verdict(contents.shards, what, converted(contents, "peft"))
     if contents.is_nested:
         what = "vLLM looks for adapter_config.json in the directory it is given, and this one lies below it"
         yield Verdict(True, what, "Give the sub-directory.")
