@@ -251,7 +251,9 @@ def convert(verbosity: Verbosity, /, adapter: str, output: str, **settings: Any)
 @main.command(epilog=example("mergekit-lowrank resize adapters/math math-8/ --rank 8"))
 @click.argument("adapter")
 @click.argument("output", metavar="OUT")
-@click.option("--base", metavar="DIR", help="The base model, where the adapter needs it (DoRA).")
+@click.option(
+    "--base", metavar="DIR", help="The base model, where the adapter needs it (DoRA, VeRA of several modules)."
+)
 @rank_options
 @click.pass_obj
 def resize(verbosity: Verbosity, /, adapter: str, output: str, **settings: Any) -> None:
@@ -286,7 +288,7 @@ def extract(verbosity: Verbosity, /, finetuned: str, output: str, **settings: An
 @json_option
 @verbosity_options
 def check(adapter: str, target: str | None, as_json: bool) -> None:
-    """Show what a server would refuse, drop or misapply. With --target, exit status 2 if there is anything."""
+    """Show what a server would refuse, drop or misapply. With --target, exit status 2 if there is a problem."""
     from mergekit_lowrank.cli.checking import run_check
 
     run_check(adapter, target, as_json=as_json)

@@ -12,13 +12,15 @@ from mergekit_lowrank.cli.headers import ranks_text, scaling_text, type_name, ty
 from mergekit_lowrank.cli.methods import parameters_of
 from mergekit_lowrank.cli.tables import aligned, one_line
 from mergekit_lowrank.engine import Plan
-from mergekit_lowrank.formats import Checkpoint
+from mergekit_lowrank.formats import Checkpoint, Factored
 from mergekit_lowrank.recipe import Recipe, parse_recipe, write_yaml
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.strategies import Preset
 
 __all__ = ["run_init"]
 
+EXTRAS = "average"
+"""What the draft does with tensors that are no low-rank factors."""
 COMMENT_COLUMNS = 100
 COLUMNS = ("input", "rank", "scaling", "type", "modules")
 WRITTEN_OUT = ("merge_method", "models", "scale", "parameters")
@@ -28,12 +30,14 @@ WRITTEN_OUT = ("merge_method", "models", "scale", "parameters")
 def run_init(models: Sequence[str], method: str) -> None:
     """Print the recipe, once it is known to plan without error."""
     registry = Registry.load()
-    settings = {
+    settings: dict[str, object] = {
         "merge_method": method,
         "models": [{"model": model, "parameters": {"weight": 1.0}} for model in models],
         "scale": "auto",
     }
-    made = plan(parse_recipe(settings, name="command line"), registry=registry)
+    made = plan(parse_recipe({**settings, "extras": EXTRAS}, name="command line"), registry=registry)
+    if any(own.extras for own in made.inputs):
+        settings["extras"] = EXTRAS
     click.echo("\n".join(_lines(settings, made, registry)))
 
 
@@ -61,13 +65,18 @@ def _lines(settings: Mapping[str, object], made: Plan, registry: Registry) -> It
     yield from _comment(Recipe.model_fields["scale"].description or "")
     yield from _yaml({"scale": settings["scale"]})
     yield ""
+    if "extras" in settings:
+        yield from _comment(Recipe.model_fields["extras"].description or "")
+        yield from _yaml({"extras": settings["extras"]})
+        yield ""
     space = registry.spaces_of(preset)[0]
     parameters = [p for p in parameters_of(preset, registry) if p.get("space", space) == space]
     yield from ["#parameters:"] if parameters else []
     for parameter in parameters:
         yield from _comment(parameter["description"], indent="  ")
         yield from (f"#  {line}" for line in _yaml({parameter["name"]: parameter["default"]}))
-    for key, value in _defaults(made, preset, space).items():
+    defaults = _defaults(made, preset, space).items()
+    for key, value in ((key, value) for key, value in defaults if key not in settings):
         yield ""
         example = " For example:" if key == "rules" else ""
         yield from _comment(f"{Recipe.model_fields[key].description}{example}")
@@ -84,13 +93,15 @@ def _defaults(made: Plan, preset: Preset, space: str) -> dict[str, object]:
         "out_dtype": type_name(made.out_dtype),
         "rules": [{"match": kind, "scale": 1.0}],
         "base_model": made.base_model or "org/name",
+        "extras": "error",
         "execution": {**defaults["execution"], "device": "auto", "executor": "threads"},
     }
     return {key: found.get(key, defaults[key]) for key in Recipe.model_fields if key not in WRITTEN_OUT}
 
 
 def _found(checkpoint: Checkpoint) -> tuple[str, ...]:
-    headers = list(checkpoint.modules.values())
+    headers = [own for own in checkpoint.modules.values() if isinstance(own.layout, Factored)]
+    headers = headers or list(checkpoint.modules.values())
     return checkpoint.label, ranks_text(headers), scaling_text(headers), types_text(headers), str(len(headers))
 
 

@@ -5,11 +5,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from mergekit_lowrank.formats import Linear, ModuleHeader, Whole
+from mergekit_lowrank.formats import Checkpoint, Linear, ModuleHeader, Whole, WholeModel
 
-__all__ = ["kind_of", "kinds_text", "ranks_text", "scaling_rule", "scaling_text", "span", "type_name", "types_text"]
+__all__ = [
+    "counted",
+    "kind_of",
+    "kind_of_checkpoint",
+    "kinds_text",
+    "ranks_text",
+    "scaling_rule",
+    "scaling_text",
+    "span",
+    "type_name",
+    "types_text",
+]
 
 IRREGULAR_PLURALS = {"matrix": "matrices", "bias": "biases"}
+VARIANTS = {"ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
+
+
+def kind_of_checkpoint(checkpoint: Checkpoint) -> str:
+    """``rsLoRA``, ``LoHa (r 3, read as a LoRA of rank 9)`` and the like; ``a whole model``."""
+    if isinstance(checkpoint, WholeModel):
+        return "a whole model: a base, or what was tuned from one"
+    config = checkpoint.config
+    if "peft_type" not in config:
+        return "LoRA, or read as one"
+    name, headers = VARIANTS.get(str(config["peft_type"])), [*checkpoint.modules.values()]
+    if name is not None:
+        read = f", read as a LoRA of rank {ranks_text(headers)}" if headers else ""
+        return f"{name} (r {config.get('init_r', config.get('r'))}{read})"
+    if config.get("use_dora"):
+        return "DoRA, scaled as rsLoRA" if config.get("use_rslora") else "DoRA"
+    return "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
 def kind_of(header: ModuleHeader) -> str:
@@ -20,7 +48,12 @@ def kind_of(header: ModuleHeader) -> str:
 
 def kinds_text(kinds: Iterable[str]) -> str:
     """``36 matrices, 1 embedding``."""
-    return ", ".join(f"{count} {kind if count == 1 else _plural(kind)}" for kind, count in Counter(kinds).items())
+    return ", ".join(counted(count, kind) for kind, count in Counter(kinds).items())
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 bias``, ``2 biases``."""
+    return f"{count} {noun if count == 1 else _plural(noun)}"
 
 
 def ranks_text(headers: Sequence[ModuleHeader]) -> str:
@@ -67,4 +100,4 @@ def _plural(kind: str) -> str:
 
 def _patterns(config: Mapping[str, object]) -> list[str]:
     found = ((name, config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
-    return [f"{name} with {len(own)} keys" for name, own in found if isinstance(own, Mapping) and own]
+    return [f"{name} with {counted(len(own), 'key')}" for name, own in found if isinstance(own, Mapping) and own]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import click
 import torch
 
 from mergekit_lowrank.cli.headers import (
+    counted,
     kind_of,
+    kind_of_checkpoint,
     kinds_text,
     ranks_text,
     scaling_rule,
@@ -40,6 +43,8 @@ LEGEND = (
     "stable rank: norm^2 / largest singular value^2; effective rank: exp of the entropy of the singular values",
 )
 UNMEASURED = "-"
+COLUMNS_OF_TEXT = 86
+"""Of what stands behind the names of facts, so that a line has 100."""
 Grouped = TypeVar("Grouped")
 
 
@@ -103,9 +108,10 @@ def _effective_rank(spectrum: Spectrum) -> float:
 
 def _lines(reference: str, kind: type[Format], checkpoint: Checkpoint, measured: Sequence[_Measured]) -> Iterator[str]:
     yield one_line(reference)
-    yield from fields([("format", f"{kind.name} ({kind.summary})"), *_facts(checkpoint, measured)], indent="  ")
-    yield ""
-    yield from _table(measured)
+    yield from fields(_wrapped([("format", kind.name), *_facts(checkpoint, measured)]), indent="  ")
+    if measured:
+        yield ""
+        yield from _table(measured)
     if checkpoint.extras:
         yield ""
         groups = _grouped(checkpoint.extras.values(), _kind_of_extra)
@@ -117,18 +123,31 @@ def _lines(reference: str, kind: type[Format], checkpoint: Checkpoint, measured:
 
 def _facts(checkpoint: Checkpoint, measured: Sequence[_Measured]) -> Iterator[tuple[str, str]]:
     headers = [module.header for module in measured]
+    yield "kind", kind_of_checkpoint(checkpoint)
     yield "base model", checkpoint.base_model or "not named"
     if checkpoint.task_type:
         yield "task type", checkpoint.task_type
+    if headers:
+        yield from _facts_of_modules(headers, checkpoint)
+    if _is_measured(measured):
+        yield "update norm", f"{_total(measured):.4g} over all modules"
+    yield "beside LoRA", _extras_text(checkpoint)
+    yield from (("in a merge", line) for line in _in_a_merge(checkpoint))
+
+
+def _facts_of_modules(headers: Sequence[ModuleHeader], checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "modules", kinds_text(map(kind_of, headers))
     if not isinstance(checkpoint, WholeModel):
         yield "rank", ranks_text(headers)
         yield "scaling", f"{scaling_text(headers)} ({scaling_rule(checkpoint.config)})"
     yield "size", f"{format_bytes(sum(h.stored_bytes for h in headers))} in {types_text(headers)}"
-    if _is_measured(measured):
-        yield "update norm", f"{_total(measured):.4g} over all modules"
-    yield "beside LoRA", _extras_text(checkpoint)
-    yield from (("in a merge", line) for line in _in_a_merge(checkpoint))
+
+
+def _wrapped(facts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The facts, each on as many lines as it takes."""
+    for name, text in facts:
+        lines = textwrap.wrap(one_line(text), COLUMNS_OF_TEXT, break_long_words=False, break_on_hyphens=False)
+        yield from zip([name, *[""] * len(lines)], lines or [""], strict=False)
 
 
 def _in_a_merge(checkpoint: Checkpoint) -> Iterator[str]:
@@ -136,19 +155,25 @@ def _in_a_merge(checkpoint: Checkpoint) -> Iterator[str]:
     headers = checkpoint.modules.values()
     factored = sum(not header.is_dense for header in headers)
     if isinstance(checkpoint, WholeModel):
-        yield f"{len(headers)} differences to its base are merged; the recipe needs base_model"
+        changes = counted(len(headers), "difference")
+        yield f"{changes} to its base {_are(len(headers))} merged; the recipe needs base_model"
     elif checkpoint.needs_base is not None:
-        yield f"{len(headers)} modules; the recipe needs base_model: {checkpoint.needs_base}"
+        yield f"{counted(len(headers), 'module')}; the recipe needs base_model: {checkpoint.needs_base}"
     else:
         dense = len(headers) - factored
-        yield f"{factored} modules are merged as factors, without the base model"
+        if factored:
+            yield f"{counted(factored, 'module')} {_are(factored)} merged as factors, without the base model"
         if dense:
-            yield f"{dense} modules without factors (biases of lora_B) are merged entry by entry"
+            yield f"{counted(dense, 'module')} without factors (biases of lora_B) {_are(dense)} merged entry by entry"
     if checkpoint.extras:
         yield (
             f"{kinds_text(map(_word_for, checkpoint.extras.values()))}: refused unless the recipe says what becomes of "
-            "them, with extras: average, delta or {from: MODEL}"
+            "them, with extras: average, delta, {from: MODEL} or {from: base_model}"
         )
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _table(measured: Sequence[_Measured]) -> Iterator[str]:
@@ -238,6 +263,7 @@ def _as_dict(
     return {
         "location": reference,
         "format": kind.name,
+        "kind": kind_of_checkpoint(checkpoint),
         "base_model": checkpoint.base_model,
         "revision": checkpoint.revision,
         "task_type": checkpoint.task_type,

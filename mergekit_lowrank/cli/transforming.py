@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mergekit_lowrank.cli.headers import span
+from mergekit_lowrank.cli.headers import counted, span
 from mergekit_lowrank.cli.merging import stoppable
 from mergekit_lowrank.cli.progress import ProgressBar
 from mergekit_lowrank.cli.tables import aligned, fields
@@ -22,7 +22,6 @@ from mergekit_lowrank.transforms import ConversionReport, convert, extract, resi
 __all__ = ["run_convert", "run_extract", "run_resize"]
 
 COLUMNS = ("modules", "count", "rank", "energy kept", "error")
-BASE_MODEL = "base_model"
 
 
 def run_convert(
@@ -57,9 +56,8 @@ def run_extract(
     **settings: Any,
 ) -> None:
     """Extract, and print what each module kept."""
-    policy = {"from": BASE_MODEL} if extras == BASE_MODEL else extras
     with stoppable(output):
-        report = extract(finetuned, output, base=base, rank=rank, extras=policy, **_options(quiet=quiet, **settings))
+        report = extract(finetuned, output, base=base, rank=rank, extras=extras, **_options(quiet=quiet, **settings))
     _tell(f"Extracted {report.rank_text} from {finetuned}", report, as_json=as_json, quiet=quiet)
 
 
@@ -74,7 +72,8 @@ def _options(*, memory: str | None, uniform_rank: bool, overwrite: bool, quiet: 
 
 def _lines_of_conversion(report: ConversionReport) -> Iterator[str]:
     size = f", {format_bytes(report.stored_bytes)}" if report.is_read_back else ""
-    yield f"Converted {report.source} ({report.source_format}) to {report.format}: {report.modules} modules{size}"
+    modules = counted(report.modules, "module")
+    yield f"Converted {report.source} ({report.source_format}) to {report.format}: {modules}{size}"
     yield from fields(_facts(report), indent="  ")
 
 
@@ -106,7 +105,7 @@ def _tell(first: str, report: Report, *, as_json: bool, quiet: bool) -> None:
 
 def _lines_of_cut(first: str, report: Report) -> Iterator[str]:
     totals = report.totals
-    yield f"{first}: {totals.modules} modules, {report.dtype}, {format_bytes(totals.bytes_written)}"
+    yield f"{first}: {counted(totals.modules, 'module')}, {report.dtype}, {format_bytes(totals.bytes_written)}"
     yield ""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for module in report.modules:
@@ -114,8 +113,16 @@ def _lines_of_cut(first: str, report: Report) -> Iterator[str]:
     yield from aligned(COLUMNS, (_row(name, own) for name, own in groups.items()), right=COLUMNS[1:])
     yield ""
     yield "error: ‖ΔW − ΔW_rank‖ / ‖ΔW‖, over the modules of a row; each module's is in report.json"
+    yield from _padding(report)
     for warning in report.warnings:
         yield f"warning: {warning}"
+
+
+def _padding(report: Report) -> Iterator[str]:
+    padded = sum(own["rank"] is not None and own["rank"] < own["written_rank"] for own in report.modules)
+    if padded:
+        verb = "is" if padded == 1 else "are"
+        yield f"rank: of the update; {counted(padded, 'module')} {verb} padded with zeros to rank {report.rank}"
 
 
 def _row(name: str, modules: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

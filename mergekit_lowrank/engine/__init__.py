@@ -12,7 +12,14 @@ from mergekit_lowrank.engine.planning import build_plan
 from mergekit_lowrank.engine.settings import SettingsResolver
 from mergekit_lowrank.engine.sinks import TENSOR_FILE, MemorySink
 from mergekit_lowrank.engine.spool import ARTEFACT_FILE
-from mergekit_lowrank.engine.targets import PlannedAdapter, adapter_config, dialect_of, located_base, model_config
+from mergekit_lowrank.engine.targets import (
+    PlannedAdapter,
+    adapter_config,
+    dialect_of,
+    loading_server,
+    located_base,
+    model_config,
+)
 from mergekit_lowrank.engine.unfinished import PACKAGES, Unfinished, drop_others, identity_of, keeps, open_sink
 
 __all__ = [
@@ -43,6 +50,7 @@ __all__ = [
     "format_bytes",
     "identity_of",
     "keeps",
+    "loading_server",
     "located_base",
     "model_config",
     "names_of_variants",

@@ -81,10 +81,13 @@ def _undecided(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> Iterator[Me
         if extras:
             named = ", ".join(f"'{extra.key}'" for extra in [*extras][:SHOWN])
             more = f" and {len(extras) - SHOWN} more" if len(extras) > SHOWN else ""
-            advice = _ADVICE.format(label=checkpoint.label)
+            advice, count = _ADVICE.format(label=checkpoint.label), len(extras)
+            what = (
+                "a tensor that is no low-rank factor" if count == 1 else f"{count} tensors that are no low-rank factors"
+            )
             yield CheckpointError(
-                f"{recipe.where(('models', index, 'model'))}: '{checkpoint.label}' holds {len(extras)} tensors that "
-                f"are no low-rank factors: {named}{more}. {advice}."
+                f"{recipe.where(('models', index, 'model'))}: '{checkpoint.label}' holds {what}: "
+                f"{named}{more}. {advice}."
             )
 
 

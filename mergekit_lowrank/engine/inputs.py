@@ -90,7 +90,8 @@ def open_inputs(
             continue
     raise_together(found)
     base = _open_base(recipe, opened, download)
-    stored = {header.dtype for own in opened for header in (*own.modules.values(), *own.extras.values())}
+    stored = {header.dtype for own in opened for header in own.modules.values()}
+    stored |= {extra.dtype for own in opened for extra in own.extras.values()}
     is_wide = torch.float64 in stored or not all(dtype.is_floating_point for dtype in stored)
     dtype = torch.float64 if is_wide else getattr(torch, recipe.dtype)
     ready = _against(base, opened, recipe, dtype)

@@ -18,6 +18,7 @@ __all__ = [
     "PlannedAdapter",
     "adapter_config",
     "dialect_of",
+    "loading_server",
     "located_base",
     "model_config",
     "model_config_remarks",
@@ -88,14 +89,34 @@ def _verdicts(plan: Plan) -> list[Verdict]:
     return [] if target is None else SERVERS[target].judge(PlannedAdapter(plan), dialect=dialect_of(plan.recipe))
 
 
-class PlannedAdapter(Checkpoint):
-    """The headers of the adapter that a plan will make. A rank that depends on the data counts as the least."""
+def loading_server(plan: Plan, ranks: Mapping[str, int]) -> str | None:
+    """The server that an adapter is for, as it was written: its target, else the first that loads its dialect.
 
-    def __init__(self, plan: Plan) -> None:
+    None where that one would refuse, drop or misapply something in it.
+    """
+    dialect = dialect_of(plan.recipe)
+    first = next((name for name, server in SERVERS.items() if server.format == dialect), None)
+    name = plan.recipe.output.target or first
+    if name is None or plan.folds:
+        return None
+    found = SERVERS[name].judge(PlannedAdapter(plan, ranks), dialect=dialect)
+    return None if any(own.is_fatal for own in found) else name
+
+
+class PlannedAdapter(Checkpoint):
+    """The headers of the adapter that a plan will make.
+
+    Args:
+        plan: what is merged.
+        ranks: of the modules with factors, as far as they are written; one that is not known counts as the least.
+    """
+
+    def __init__(self, plan: Plan, ranks: Mapping[str, int] | None = None) -> None:
         self.label = self.location = "the merged adapter"
         self.files = ()
         self.base_model = located_base(plan)
-        ranks = {module.name: plan.written_rank(module) or 1 for module in plan.modules if module.is_factored}
+        planned = {module.name: plan.written_rank(module) or 1 for module in plan.modules if module.is_factored}
+        ranks = {**planned, **(ranks or {})}
         self.config = adapter_config(plan, ranks)
         self.modules = {own.name: _header(own, ranks) for own in plan.modules if own.name in ranks or _is_bias(own)}
         beside = [_extra(own) for own in plan.modules if own.name not in self.modules]

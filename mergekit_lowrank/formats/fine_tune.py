@@ -140,9 +140,7 @@ class WholeModelFormat(Format):
     """Directories written by ``PreTrainedModel.save_pretrained``."""
 
     name: ClassVar[str] = "model"
-    summary: ClassVar[str] = (
-        "a full fine-tune: config.json with model.safetensors or pytorch_model.bin, whole or sharded"
-    )
+    summary: ClassVar[str] = "a whole model: config.json with model.safetensors or pytorch_model.bin, whole or sharded"
 
     def recognises(self, path: Path) -> bool:
         """Whether the directory holds a model's configuration and weights, and no adapter."""

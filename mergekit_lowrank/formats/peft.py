@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.filenames import ADAPTER_WEIGHTS, MODEL_CONFIG, SIDE_FILE
+from mergekit_lowrank.formats.adapter_config import read_raw_config
 from mergekit_lowrank.formats.base import Checkpoint, Extra, Format, ModuleHeader
 from mergekit_lowrank.formats.dora import DoraCheckpoint
 from mergekit_lowrank.formats.layouts import Expert, Whole
 from mergekit_lowrank.formats.model import ModelDirectory
-from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig, read_raw_config
+from mergekit_lowrank.formats.peft_config import CONFIG_NAME, PeftConfig
 from mergekit_lowrank.formats.peft_keys import Contents, Factors, Findings, contents_of
 from mergekit_lowrank.formats.tensors import TensorSource, open_tensors
 from mergekit_lowrank.formats.variants import UNSUPPORTED, VARIANTS

@@ -315,7 +315,7 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
     except hub.HFValidationError as error:
         raise RecipeError(f"'{hub_id}' is not an id of the Hugging Face Hub: {error}") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise CheckpointError(not_cached(f"'{hub_id}'")) from error
+        raise CheckpointError(not_cached("it")) from error  # who asked has named it
     except hub.SafetensorsParsingError as error:
         raise CheckpointError(f"{whole} is not valid safetensors: {summary(error)}") from error
     except network_errors() as error:
@@ -341,8 +341,14 @@ def not_cached(what: str) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return f"{what} is not in the local cache, and HF_HUB_OFFLINE keeps the Hugging Face Hub from being asked"
-    return f"the Hugging Face Hub cannot be reached, and {what} is not in the local cache"
+        return (
+            f"{what} is not in the local cache, and HF_HUB_OFFLINE keeps the Hugging Face Hub from being asked (unset "
+            "that variable, or run 'hf download' first)"
+        )
+    return (
+        f"the Hugging Face Hub cannot be reached, and {what} is not in the local cache (run 'hf download' where there "
+        "is a network)"
+    )
 
 
 def _names_in(commit: Commit, directory: str) -> list[str]:

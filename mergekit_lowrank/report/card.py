@@ -119,11 +119,14 @@ def _recipe(plan: Plan) -> Iterator[str]:
 def _loading(report: Report, base: str | None) -> Iterator[str]:
     yield "## Use"
     yield ""
-    if report.has_one_rank:
+    if report.has_one_rank and report.server is not None:
         yield "Every server reads it alike: one rank, `lora_alpha` equal to `r`, all scaling in the factors."
-    else:
+    elif not report.has_one_rank:
         yield "peft reads it: ranks differ between modules and stand in `rank_pattern`, with an equal `alpha_pattern`."
-    limit = snapped(report.rank, VLLM_RANKS) if report.rank is not None and report.has_one_rank else None
+    else:
+        yield "peft reads it. Servers differ in what lies beside the factors; `mergekit-lowrank check` tells how."
+    is_served = report.server == "vllm" and report.has_one_rank and report.rank is not None
+    limit = snapped(report.rank, VLLM_RANKS) if is_served and report.rank is not None else None
     if limit is not None:
         yield ""
         yield "```console"

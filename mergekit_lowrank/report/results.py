@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of
+from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of, loading_server
 
 __all__ = ["SCHEMA_VERSION", "InputSummary", "Report", "Totals", "build_report"]
 
@@ -62,6 +62,10 @@ class Report(_Frozen):
     totals: Totals = Field(description="over all modules")
     kind: str = Field(description="`adapter`, or `model` where the updates were added to the base")
     format: str = Field("peft", description="the dialect that an adapter is written in")
+    server: str | None = Field(
+        None,
+        description="that loads an adapter with nothing lost: `output.target`, or else the first that reads the format",
+    )
     rank: int | None = Field(
         description="of every module as written; the largest where ranks differ; null where updates were added whole"
     )
@@ -123,6 +127,7 @@ def build_report(
         totals=_totals(plan, records, ranks, inputs, wall_seconds),
         kind=plan.recipe.output.kind,
         format=dialect_of(plan.recipe),
+        server=loading_server(plan, ranks),
         rank=max(ranks.values(), default=None),
         dtype=str(plan.out_dtype).removeprefix("torch."),
         warnings=(*plan.warnings, *_gathered(records), *warnings),

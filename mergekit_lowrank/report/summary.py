@@ -11,11 +11,14 @@ from mergekit_lowrank.report.results import Report
 __all__ = ["closing_lines", "load_lines"]
 
 LOADING = {
-    "gguf": "  llama.cpp    llama-server -m BASE.gguf --lora {path}/adapter.gguf",
-    "diffusers": "  diffusers    pipeline.load_lora_weights({path!r})",
-    "kohya": "  ComfyUI      copy {path}/lora.safetensors to models/loras",
+    "vllm": "vLLM         vllm serve {base} --enable-lora --max-lora-rank {snapped} --lora-modules merged={path}",
+    "sglang": "SGLang       python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
+    "--lora-paths merged={path}",
+    "llama.cpp": "llama.cpp    llama-server -m BASE.gguf --lora {path}/adapter.gguf",
+    "diffusers": "diffusers    pipeline.load_lora_weights({path!r})",
+    "comfyui": "ComfyUI      copy {path}/*.safetensors to models/loras",
 }
-"""Closing lines of dialects that are not PEFT's."""
+"""How each server loads an adapter."""
 
 LARGE_RATIO = 2.0
 """A merged norm above this many mean input norms is pointed out."""
@@ -60,19 +63,18 @@ def _needed(report: Report) -> str:
 
 
 def load_lines(report: Report, location: str) -> Iterator[str]:
-    """How peft and vLLM load the result; of a model, transformers; of another dialect, what it is for."""
+    """How peft and a server load the result; of a model, transformers; of a plugin's dialect, where it lies."""
     if report.rank is None or report.kind == "model":
         yield f"  transformers AutoModel.from_pretrained({location!r})"
         return
-    if report.format != "peft":
-        yield LOADING.get(report.format, f"  {report.format:<12} {{path}}").format(path=location)
-        return
-    base = next((summary.base_model for summary in report.inputs if summary.base_model), None) or "BASE_MODEL"
-    yield f"  peft         PeftModel.from_pretrained(base_model, {location!r})"
-    limit = snapped(report.rank, VLLM_RANKS)
-    if not report.has_one_rank:
-        yield "  vLLM         reads one rank for all modules; set output.uniform_rank: true to load this one there"
-    elif limit is None:
-        yield f"  vLLM         takes ranks up to {VLLM_RANKS[-1]}; set output.rank to load this one there"
-    else:
-        yield f"  vLLM         vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules merged={location}"
+    if report.format == "peft":
+        yield f"  peft         PeftModel.from_pretrained(base_model, {location!r})"
+    if report.server is not None:
+        yield "  " + LOADING[report.server].format(
+            base=next((own.base_model for own in report.inputs if own.base_model), "BASE_MODEL"),
+            rank=report.rank,
+            snapped=snapped(report.rank, VLLM_RANKS),
+            path=location,
+        )
+    elif report.format != "peft":
+        yield f"  {report.format:<12} {location}"

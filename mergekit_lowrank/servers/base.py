@@ -10,7 +10,7 @@ from typing import ClassVar
 from mergekit_lowrank.formats import Checkpoint, ModuleHeader
 from mergekit_lowrank.servers.contents import Contents
 
-__all__ = ["FOLD", "KEEP", "Server", "Verdict", "anew", "converted", "misapplied", "plain", "verdict"]
+__all__ = ["FOLD", "KEEP", "Server", "Verdict", "anew", "converted", "misapplied", "verdict"]
 
 FOLD = "Fold it into the base model (output: {kind: model}) and serve that."
 KEEP = "That is right unless tokens were added to the vocabulary. Then fold it (output: {kind: model})."
@@ -23,8 +23,12 @@ _DIALECTS = {
     "kohya": "a file in kohya's names",
     "diffusers": "a file in diffusers' names",
 }
-_NEEDED = {"gguf": "; add --base DIRECTORY if its base is not on this machine"}
+_NEEDED = {"gguf": " (and --base DIRECTORY, where its base is not on this machine)"}
 """What a writer needs beside the adapter."""
+_ELSEWHERE = (
+    "Serve it by vllm, sglang or llama.cpp. If it is of a diffusion model, put the part of the pipeline before its "
+    "names, as in 'transformer.blocks.0.attn1.to_q'."
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Server(ABC):
             called: what the commands in advice call the adapter; by default the path that it was opened at.
         """
         contents = Contents.of(checkpoint, dialect, called)
-        return [*self._judge_model(contents)] or [*self._judge_dialect(contents), *self._judge(contents)]
+        return [*self._judge_model(contents)] or [*self._judge(contents), *self._judge_dialect(contents)]
 
     @abstractmethod
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
@@ -86,34 +90,32 @@ class Server(ABC):
             advice = "Serve it as a model, or make an adapter of it: mergekit-lowrank extract."
             yield Verdict(True, "it is a whole model and no adapter", advice)
         elif self.is_for_diffusion and not contents.is_of_diffusion:
-            what = f"{self.name} has a place for modules of a UNet, transformer or text encoder only; this has others"
-            yield from verdict(contents.modules, what, "Serve a language model's adapter by vllm, sglang or llama.cpp.")
+            what = f"{self.name} loads LoRAs of diffusion models; this is of a language model"
+            yield from verdict(contents.modules, what, _ELSEWHERE)
         elif contents.is_of_diffusion and not self.is_for_diffusion:
-            what = f"{self.name} serves language models, and no LoRAs of diffusion models"
-            yield from verdict(contents.modules, what, "Load it with diffusers or comfyui.")
+            what = f"{self.name} serves language models; this is a LoRA of a diffusion model"
+            yield from verdict(contents.modules, what, "Load it in diffusers or comfyui.")
 
     def _judge_dialect(self, contents: Contents) -> Iterator[Verdict]:
-        """That it is to be converted; nothing where that would not help."""
+        if contents.dialect not in self.reads:
+            own = " or ".join(_DIALECTS[name] for name in self.reads)
+            other = _DIALECTS.get(contents.dialect, f"of the format '{contents.dialect}'")
+            yield Verdict(True, f"this is {other}; {self.name} loads {own}", self._conversion(contents))
+
+    def _conversion(self, contents: Contents) -> str:
+        """Advice to convert it; to fold it, where what it would be converted to has no place for something in it."""
         written = replace(contents, dialect=self.format)
-        if contents.dialect in self.reads or any(found.is_fatal for found in self._judge(written)):
-            return
-        own = " or ".join(_DIALECTS[name] for name in self.reads)
-        other = _DIALECTS.get(contents.dialect, f"of the format '{contents.dialect}'")
-        yield Verdict(True, f"{self.name} loads {own}; this is {other}", converted(contents, self.format))
+        is_refused = any(found.is_fatal for found in self._judge(written))
+        return FOLD if is_refused else converted(contents, self.format)
 
 
 def converted(contents: Contents, writer: str) -> str:
-    """Advice to write it in another dialect; first in PEFT's plain form, if its updates need the base."""
+    """Advice to write it in another dialect; to make a plain LoRA of it first, if its updates need the base."""
     if contents.needs_base:
-        return plain(contents)
+        made = f"{contents.source} {contents.named('lora')} --rank {contents.ranks[-1]} --base BASE"
+        return f"Make it a plain LoRA first: mergekit-lowrank resize {made}."
     command = f"mergekit-lowrank convert {contents.source} {contents.named(writer)} --format {writer}"
     return f"Convert it: {command}{_NEEDED.get(writer, '')}."
-
-
-def plain(contents: Contents) -> str:
-    """Advice to make a LoRA of what is none, with the base at hand."""
-    made = f"{contents.source} {contents.named('lora')} --rank {contents.ranks[-1]} --base BASE"
-    return f"Make it a plain LoRA first: mergekit-lowrank resize {made}."
 
 
 def anew(contents: Contents) -> str:

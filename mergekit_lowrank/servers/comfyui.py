@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mergekit_lowrank.servers.base import FOLD, Server, Verdict, converted, misapplied, verdict
+from mergekit_lowrank.servers.base import FOLD, Server, Verdict, misapplied, verdict
 from mergekit_lowrank.servers.contents import Contents
 
 __all__ = ["ComfyUI"]
@@ -29,7 +29,7 @@ class ComfyUI(Server):
     def _judge(self, contents: Contents) -> Iterator[Verdict]:
         if contents.dialect == "diffusers" and not contents.has_alphas:
             how = "ComfyUI does not read alpha from the file's header"
-            yield from misapplied(contents, lambda _: 1.0, how, converted(contents, self.format))
+            yield from misapplied(contents, lambda _: 1.0, how, self._conversion(contents))
         if contents.dialect == "diffusers":
             if contents.is_dora:
                 yield Verdict(True, "ComfyUI leaves 'lora_magnitude_vector' out, so DoRA acts as a LoRA", FOLD)

@@ -24,7 +24,7 @@ __all__ = ["Contents"]
 
 _SHARD_INDEX = ".index.json"
 _DIFFUSION = re.compile(
-    r"^(unet|text_encoder(_\d)?)\.|^lora_(unet|te\d?|transformer)_|^transformer\..*\.(to|add)_[qkv]"
+    r"^(unet|text_encoder(_\d)?)\.|^lora_(unet|te\d?|transformer)_|^transformer\..*\.((to|add)_[qkv]|ff\w*\.net)"
     r"|(^|\.)(down_blocks|mid_block|up_blocks|(single_)?transformer_blocks)\."
 )
 """In names of modules of a pipeline. Some language models' names start with ``transformer`` too."""

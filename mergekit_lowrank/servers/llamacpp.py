@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mergekit_lowrank.servers.base import FOLD, Server, Verdict, converted, misapplied, verdict
+from mergekit_lowrank.servers.base import FOLD, Server, Verdict, misapplied, verdict
 from mergekit_lowrank.servers.contents import Contents
 
 __all__ = ["LlamaCpp"]
@@ -35,9 +35,9 @@ class LlamaCpp(Server):
             yield Verdict(True, "llama.cpp has no DoRA, and its converter exits", FOLD)
         if contents.dialect == "peft" and not contents.variant:
             alpha = float(str(contents.config.get("lora_alpha") or 0))
-            fixed = converted(contents, self.format)
+            advice = self._conversion(contents)
             how = "llama.cpp's own converter keeps one lora_alpha, divided by the rank of each tensor"
-            yield from misapplied(contents, lambda header: alpha / header.rank if alpha else 1.0, how, fixed)
+            yield from misapplied(contents, lambda header: alpha / header.rank if alpha else 1.0, how, advice)
         yield from verdict(contents.convolutions, "llama.cpp has no factors of convolutions", FOLD)
         yield from verdict(contents.experts, "llama.cpp does not load PEFT's factors of fused experts", FOLD)
         tied = [

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, TypeAdapter
 
 from mergekit_lowrank.api import merge
-from mergekit_lowrank.errors import RecipeError
+from mergekit_lowrank.engine import open_checkpoint, open_inputs
+from mergekit_lowrank.errors import CheckpointError, RecipeError
+from mergekit_lowrank.recipe import Budget, Energy, ErrorBound, parse_recipe, resolve_model
+from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report import Report
 
 __all__ = ["RankLike", "extract", "resize"]
 
 RankLike: TypeAlias = int | str | Mapping[str, object]
 RANK_KINDS: Mapping[str, type] = {"energy": float, "error": float, "budget": str}
+RANK = TypeAdapter[object](Annotated[int, Field(ge=1, strict=True)] | Energy | ErrorBound | Budget)
+RANKS = (
+    "a whole number of at least 1, energy:E with 0 < E <= 1, error:E with 0 < E < 1, or budget:SIZE, as in 32, "
+    "energy:0.99, error:0.05 or budget:80MB"
+)
+LEFT_OUT = {"from": "base_model"}
+POLICIES: Mapping[str, str | Mapping[str, str]] = {
+    "error": "error",
+    "average": "average",
+    "delta": "delta",
+    "base_model": LEFT_OUT,
+    "{from: base_model}": LEFT_OUT,
+}
+WHAT_THEY_DO = "average or delta (saved whole), or base_model (left out: those of the base stay)"
+SHOWN = 3
+"""Tensors that a message names."""
 
 
 def resize(
@@ -47,8 +68,10 @@ def resize(
         MergeError: what ``merge`` raises; nothing is left at ``output``.
     """
     written = _rank(rank)
+    if base is None:
+        _refuse_without_base(source, options.get("registry"))
     recipe = _recipe(source, base, rank=written, uniform_rank=uniform_rank and not _is_budget(written))
-    return _merged({**recipe, "extras": "average"}, output, options)
+    return _merged("resize", {**recipe, "extras": "average"}, output, options)
 
 
 def extract(
@@ -71,7 +94,8 @@ def extract(
         base: directory of the model that it was tuned from.
         rank: as for ``resize``.
         extras: what becomes of norms, biases and other vectors that the fine-tune changed: ``error`` (the default of
-            recipes: they are named), ``average`` or ``delta`` (saved whole), or ``{"from": "base_model"}`` (left out).
+            recipes: they are named), ``average`` or ``delta`` (saved whole), or ``base_model`` (left out), which is
+            ``{"from": "base_model"}`` too.
         uniform_rank: as for ``resize``.
         options: of ``merge``, such as ``overwrite`` and ``memory_bytes``.
 
@@ -81,10 +105,11 @@ def extract(
     Raises:
         MergeError: what ``merge`` raises; nothing is left at ``output``.
     """
-    written = _rank(rank)
+    written, policy = _rank(rank), _policy(extras)
     recipe = _recipe(source, base, rank=written, uniform_rank=uniform_rank and not _is_budget(written))
-    policy = {} if extras is None else {"extras": dict(extras) if isinstance(extras, Mapping) else extras}
-    return _merged({**recipe, **policy}, output, options)
+    if policy == "error":
+        _refuse_beside_factors(recipe, options.get("registry"))
+    return _merged("extract", {**recipe, "extras": policy}, output, options)
 
 
 def _recipe(source: str | Path, base: str | Path | None, **output: object) -> dict[str, Any]:
@@ -92,8 +117,32 @@ def _recipe(source: str | Path, base: str | Path | None, **output: object) -> di
     return recipe if base is None else {**recipe, "base_model": str(base)}
 
 
-def _merged(recipe: Mapping[str, Any], output: str | Path, options: Mapping[str, Any]) -> Report:
-    made = merge(recipe, output, **options)
+def _refuse_without_base(source: str | Path, registry: Registry | None) -> None:
+    path = resolve_model(str(source), Path.cwd())
+    checkpoint = open_checkpoint(path, registry or Registry.load(), label=str(source))
+    if checkpoint.needs_base is not None:
+        raise CheckpointError(
+            f"'{checkpoint.label}': {checkpoint.needs_base}. Give the base model: --base DIR, in Python base=DIR."
+        )
+
+
+def _refuse_beside_factors(recipe: Mapping[str, Any], registry: Registry | None) -> None:
+    """Raise what the fine-tune changed beside matrices, where nothing is said of it."""
+    asked = parse_recipe({**recipe, "extras": "average"}, name="extract")
+    (opened,) = open_inputs(asked, registry or Registry.load()).checkpoints
+    names = [name for name, header in opened.modules.items() if header.replaces]
+    if names:
+        count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
+        named = ", ".join(f"'{name}'" for name in names[:SHOWN])
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        raise CheckpointError(
+            f"'{opened.label}' changed {count} that no factors hold: {named}{more}. Say what becomes of such tensors "
+            f"with --extras, in Python extras: {WHAT_THEY_DO}."
+        )
+
+
+def _merged(name: str, recipe: Mapping[str, Any], output: str | Path, options: Mapping[str, Any]) -> Report:
+    made = merge(parse_recipe(recipe, name=name), output, **options)
     assert isinstance(made, Report)  # noqa: S101 - a recipe without a sweep, into a directory
     return made
 
@@ -102,18 +151,36 @@ def _rank(rank: RankLike) -> int | dict[str, object]:
     """The rank as a recipe has it.
 
     Raises:
-        RecipeError: text that is none of ``N``, ``energy:E``, ``error:E`` and ``budget:SIZE``.
+        RecipeError: it is none of ``RANKS``.
     """
+    try:
+        written = _read_rank(rank)
+        RANK.validate_python(written)
+    except (KeyError, ValueError):  # so is what pydantic raises
+        raise RecipeError(f"rank {rank!r}: expected {RANKS}") from None
+    return written
+
+
+def _read_rank(rank: RankLike) -> int | dict[str, object]:
     if isinstance(rank, Mapping):
         return dict(rank)
     if isinstance(rank, int):
         return rank
     kind, is_named, value = rank.partition(":")
-    try:
-        return {kind: RANK_KINDS[kind](value)} if is_named else int(rank)
-    except (KeyError, ValueError):
-        expected = "a whole number, energy:E, error:E or budget:SIZE, as in 32, energy:0.99, error:0.05 or budget:80MB"
-        raise RecipeError(f"rank '{rank}': expected {expected}") from None
+    return {kind: RANK_KINDS[kind](value)} if is_named else int(rank)
+
+
+def _policy(extras: str | Mapping[str, str] | None) -> str | Mapping[str, str]:
+    """The policy as a recipe has it.
+
+    Raises:
+        RecipeError: it is none of ``POLICIES``.
+    """
+    if isinstance(extras, Mapping) and dict(extras) == LEFT_OUT:
+        return LEFT_OUT
+    if extras is None or (isinstance(extras, str) and extras in POLICIES):
+        return POLICIES[extras or "error"]
+    raise RecipeError(f"extras {extras!r}: expected error (they are named), {WHAT_THEY_DO}")
 
 
 def _is_budget(rank: int | Mapping[str, object]) -> bool:

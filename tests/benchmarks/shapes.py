@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mergekit_lowrank.formats import SafetensorsStream, config_text, output_config, tensor_names
+from mergekit_lowrank.formats import LINEAR, SafetensorsStream, config_text, output_config, tensor_names
 
 Shape = tuple[int, int]
 """(d_out, d_in) of a module."""
@@ -90,7 +90,11 @@ def write_adapter(path: Path, model: Model, *, rank: int, seed: int, dtype: torc
         for name, (_, shape) in tensors.items():
             stream.write(name, (torch.randn(shape, generator=generator) * 0.02).to(dtype))
     config = output_config(
-        base_model=f"{model.name}-shapes", revision=None, task_type=None, modules=list(model.modules), rank=rank
+        base_model=f"{model.name}-shapes",
+        revision=None,
+        task_type=None,
+        layouts=dict.fromkeys(model.modules, LINEAR),
+        ranks=dict.fromkeys(model.modules, rank),
     )
     (path / "adapter_config.json").write_text(config_text({**config, "lora_alpha": 2 * rank}))
 

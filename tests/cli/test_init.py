@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from .builders import MODULES, run, succeeds, tensors, write_adapter
@@ -96,3 +97,12 @@ def test_init_needs_a_model():
     result = run("init")
     assert result.exit_code == 2
     assert "Missing argument 'MODEL...'" in result.stderr
+
+
+def test_what_lies_beside_factors_has_a_policy_in_it(tmp_path, math, code):
+    text = written(tmp_path, "math", "code")
+    assert "#extras: error" in text
+    saved = {**tensors(MODULES[:3], rank=3, seed=2), "base_model.model.lm_head.weight": torch.ones(4, 3)}
+    write_adapter(code, saved, r=3, modules_to_save=["lm_head"])
+    assert YAML(typ="safe").load(written(tmp_path, "math", "code"))["extras"] == "average"
+    succeeds("merge", "made.yaml", "out")

@@ -86,9 +86,76 @@ def test_inspect_shows_ranges_and_the_rule_of_the_scaling(tmp_path):
     assert "scaling      1 to 2 (alpha / r, alpha 4, rank_pattern with 2 keys)" in printed
 
 
+def test_one_of_anything_is_counted_in_the_singular(tmp_path):
+    write_adapter(tmp_path / "one", tensors(MODULES[:1]), rank_pattern={"layers.0.q_proj": 2})
+    printed = succeeds("inspect", "one")
+    assert "rank_pattern with 1 key)" in printed
+    assert "in a merge   1 module is merged as factors, without the base model" in printed
+
+
+def test_inspect_of_an_adapter_without_factors_lists_the_rest(tmp_path):
+    write_adapter(tmp_path / "head", {"base_model.model.lm_head.weight": torch.ones(7, 5)}, modules_to_save=["lm_head"])
+    printed = succeeds("inspect", "head")
+    assert "kind         LoRA" in printed
+    assert "beside LoRA  1 saved module: 140 B" in printed
+    assert "rank" not in printed
+
+
 def test_inspect_says_rslora(tmp_path):
     write_adapter(tmp_path / "stable", use_rslora=True)
-    assert "scaling      2.82843 (alpha / sqrt(r) (rsLoRA), alpha 4)" in succeeds("inspect", "stable")
+    printed = succeeds("inspect", "stable")
+    assert "kind         rsLoRA\n" in printed
+    assert "scaling      2.82843 (alpha / sqrt(r) (rsLoRA), alpha 4)" in printed
+
+
+MAGNITUDES = {f"model.{module}.lora_magnitude_vector": torch.ones(6) for module in MODULES}
+MASKED = {"model.q.lora_A": torch.ones(2, 5), "model.q.lora_B": torch.ones(6, 2), "model.q.lora_E": torch.ones(2, 1)}
+KEPT = {"q.lora_E": [True, True, False]}
+HADAMARD = {
+    **{f"model.q.hada_w{number}_a": torch.ones(6, 2) for number in (1, 2)},
+    **{f"model.q.hada_w{number}_b": torch.ones(2, 5) for number in (1, 2)},
+}
+VECTORS = {
+    "model.q.vera_lambda_b": torch.ones(6),
+    "model.q.vera_lambda_d": torch.ones(2),
+    "vera_A": torch.ones(2, 5),
+    "vera_B": torch.ones(6, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "kind"),
+    [
+        ({}, {}, "LoRA"),
+        (MAGNITUDES, {"use_dora": True}, "DoRA"),
+        (MAGNITUDES, {"use_dora": True, "use_rslora": True}, "DoRA, scaled as rsLoRA"),
+        (HADAMARD, {"peft_type": "LOHA", "alpha": 4, "lora_alpha": None}, "LoHa (r 2, read as a LoRA of rank 4)"),
+        (VECTORS, {"peft_type": "VERA", "lora_alpha": None}, "VeRA (r 2, read as a LoRA of rank 2)"),
+        (
+            MASKED,
+            {"peft_type": "ADALORA", "init_r": 3, "r": 8, "rank_pattern": KEPT},
+            "AdaLoRA (r 3, read as a LoRA of rank 2)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_inspect_says_what_kind_of_adapter_it_is(tmp_path, made, settings, kind):
+    factors = {} if "peft_type" in settings else tensors()
+    write_adapter(tmp_path / "own", {**factors, **{f"base_model.{key}": t for key, t in made.items()}}, **settings)
+    assert f"  kind         {kind}\n" in succeeds("inspect", "own")
+    assert json.loads(succeeds("inspect", "own", "--json"))["kind"] == kind
+
+
+def test_no_fact_is_wider_than_a_hundred_columns(tmp_path):
+    magnitudes = {f"{module}.lora_magnitude_vector": torch.ones(6) for module in MODULES}
+    more = {**magnitudes, "lm_head.weight": torch.ones(7, 5)}
+    with_more(tmp_path / "dora", more, use_dora=True, modules_to_save=["lm_head"])
+    facts = succeeds("inspect", "dora").partition("\n\n")[0].splitlines()
+    assert max(map(len, facts)) <= 100
+    told = [line for line in facts if "in a merge" in line or line.startswith(" " * 15)]
+    assert "low-rank. It is computed exactly from the base model 1 saved module: refused unless" in " ".join(
+        " ".join(told).replace("in a merge", "").split()
+    )
 
 
 def test_inspect_tells_embeddings_and_convolutions_from_matrices(tmp_path):
@@ -107,7 +174,8 @@ def test_inspect_lists_what_there_is_beside_lora(tmp_path):
     with_more(tmp_path / "more", more, modules_to_save=["lm_head"], bias="lora_only")
     printed = succeeds("inspect", "more")
     assert "beside LoRA  1 bias, 1 saved module: 164 B" in printed
-    assert "1 bias, 1 saved module: refused unless the recipe says what becomes of them, with extras:" in printed
+    told = "1 bias, 1 saved module: refused unless the recipe says what becomes of them, with extras: average, delta, "
+    assert told + "{from: MODEL} or {from: base_model}" in " ".join(printed.split())
     assert [line.split() for line in printed.splitlines() if line.startswith("lm_head")] == [
         ["lm_head.weight", "saved", "module", "1", "7", "x", "5", "float32", "140", "B"]
     ]
@@ -150,7 +218,8 @@ def test_inspect_of_a_whole_model_reads_its_headers(tmp_path):
         b"".join([(model / "model.safetensors").read_bytes()[:-4], b"\0\0\xc0\x7f"])
     )
     printed = succeeds("inspect", "tuned")
-    assert "format       model (a full fine-tune" in printed
+    assert "format       model\n" in printed
+    assert "kind         a whole model: a base, or what was tuned from one\n" in printed
     assert "modules      4 matrices, 1 vector\n" in printed
     assert "5 differences to its base are merged; the recipe needs base_model" in printed
     assert "scaling " not in printed.partition("modules  ")[0]

@@ -84,8 +84,30 @@ def test_resize_gives_modules_their_own_ranks_where_asked(tmp_path):
 def test_a_bad_rank_is_named_with_examples(math, tmp_path):
     result = run("resize", "math", "small", "--rank", "half")
     assert result.exit_code == 2
-    assert "rank 'half': expected a whole number, energy:E, error:E or budget:SIZE" in result.stderr
+    assert "rank 'half': expected a whole number of at least 1, energy:E with 0 < E <= 1" in result.stderr
     assert not (tmp_path / "small").exists()
+
+
+def test_a_resize_says_which_modules_are_padded(math, tmp_path):
+    made = tensors(rank=4)
+    made[f"base_model.model.{MODULES[0]}.lora_B.weight"][:, 1:] = 0
+    write_adapter(tmp_path / "wide", made, r=4)
+    told = "rank: of the update; 1 module is padded with zeros to rank 4"
+    assert told in succeeds("resize", "wide", "small", "--rank", "error:0.01").splitlines()
+    assert "rank: of the update; 4 modules are padded with zeros to rank 3" in succeeds(
+        "resize", "math", "3", "--rank", "3"
+    )
+    assert "padded" not in succeeds("resize", "wide", "own", "--rank", "error:0.01", "--own-ranks")
+
+
+def test_a_resize_that_needs_a_base_asks_for_the_option(tmp_path):
+    magnitudes = {f"base_model.model.{module}.lora_magnitude_vector": torch.ones(6) for module in MODULES}
+    write_adapter(tmp_path / "dora", {**tensors(), **magnitudes}, use_dora=True)
+    result = run("resize", "dora", "small", "--rank", "1")
+    assert result.exit_code == 2
+    assert "'dora': it is a DoRA adapter" in result.stderr
+    assert "Give the base model: --base DIR" in result.stderr
+    assert "recipe" not in result.stderr
 
 
 def test_a_quiet_resize_prints_warnings_only(math):
@@ -110,8 +132,25 @@ def test_extract_names_a_changed_norm_and_takes_a_policy(tuned):
     save_file({**weights, "norm.weight": torch.zeros(20)}, tuned / "model.safetensors", metadata={"format": "pt"})
     result = run("extract", "tuned", "out", "--base", "base", "--rank", "2")
     assert result.exit_code == 2
-    assert "norm.weight" in result.stderr
+    assert "'tuned' changed a tensor that no factors hold: 'norm.weight'" in result.stderr
+    assert "--extras, in Python extras: average or delta (saved whole), or base_model (left out" in result.stderr
+    assert "recipe" not in result.stderr
     succeeds("extract", "tuned", "out", "--base", "base", "--rank", "2", "--extras", "base_model")
+    succeeds("extract", "tuned", "again", "--base", "base", "--rank", "2", "--extras", "{from: base_model}")
+
+
+def test_extract_names_a_place_by_its_command(tuned):
+    result = run("extract", "tuned", "out", "--base", "./nothing", "--rank", "2")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: extract: './nothing': there is no ")
+
+
+def test_an_unknown_policy_of_extract_is_named_with_those_there_are(tuned):
+    result = run("extract", "tuned", "out", "--base", "base", "--rank", "2", "--extras", "drop")
+    assert result.exit_code == 2
+    assert (
+        "extras 'drop': expected error (they are named), average or delta (saved whole), or base_model" in result.stderr
+    )
 
 
 def test_what_nothing_reads_is_said_not_to_be_read_back(tmp_path):
@@ -121,7 +160,7 @@ def test_what_nothing_reads_is_said_not_to_be_read_back(tmp_path):
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     printed = succeeds("convert", "math", "out", "--format", "gguf", "--base", "base")
     assert printed.splitlines() == [
-        "Converted math (peft) to gguf: 1 modules",
+        "Converted math (peft) to gguf: 1 module",
         "  files      adapter.gguf",
         "  read back  no: nothing that is installed reads gguf, so nothing was compared",
     ]

@@ -143,6 +143,78 @@ def test_the_closing_lines_say_norms_energy_and_how_to_load(tmp_path) -> None:
         assert part in text
 
 
+ATTENTION = tuple(f"model.layers.0.self_attn.{side}_proj" for side in "qkv")
+
+
+class TestHowToLoad:
+    """The servers in the closing lines."""
+
+    def loading(self, tmp_path, *, rank=3, size=16, saved=None, side=None, output=None) -> list[list[str]]:
+        """(who, how) of a merge of an adapter of a language model, with a module or LLaVA's side file beside it."""
+        path = write_tiny_adapter(tmp_path / "a", dict.fromkeys(ATTENTION, (size, size)), rank=rank, lora_alpha=rank)
+        if saved:
+            tensors = load_file(path / "adapter_model.safetensors")
+            tensors[f"base_model.model.{saved}.weight"] = torch.ones(2, size)
+            save_file(tensors, path / "adapter_model.safetensors")
+            config = {**stored_config(path), "modules_to_save": [saved]}
+            (path / "adapter_config.json").write_text(json.dumps(config))
+        if side:
+            torch.save({side: torch.ones(2, 2)}, path / "non_lora_trainables.bin")
+            (path / "config.json").write_text("{}")
+        keys = {"extras": "average"} if saved or side else {}
+        report = merge(recipe_of([path], output=output or {}, **keys), tmp_path / "merged")
+        lines = [line.split(maxsplit=1) for line in closing_lines(report, "merged")]
+        return [line for line in lines if "merged" in line[1].replace("merged:", "")]
+
+    def test_peft_and_vllm_load_an_adapter(self, tmp_path) -> None:
+        peft, vllm = self.loading(tmp_path)
+        assert peft == ["peft", "PeftModel.from_pretrained(base_model, 'merged')"]
+        assert vllm[0] == "vLLM"
+        assert vllm[1].startswith("vllm serve tiny/base --enable-lora --max-lora-rank 8 --lora-modules merged=merged")
+
+    def test_what_a_server_would_refuse_it_is_not_said_to_load(self, tmp_path) -> None:
+        assert [name for name, _ in self.loading(tmp_path, saved="lm_head")] == ["peft"]
+
+    def test_no_server_reads_llavas_side_file(self, tmp_path) -> None:
+        side = "base_model.model.model.mm_projector.0.weight"
+        assert [name for name, _ in self.loading(tmp_path, side=side)] == ["peft"]
+
+    def test_what_a_server_would_take_beside_the_factors_it_is_said_to_load(self, tmp_path) -> None:
+        assert [name for name, _ in self.loading(tmp_path, saved="score")] == ["peft", "vLLM"]
+
+    def test_no_rank_is_given_that_a_server_has_not(self, tmp_path) -> None:
+        assert [name for name, _ in self.loading(tmp_path, rank=520, size=530)] == ["peft"]
+
+    def test_ranks_that_differ_are_served_at_the_largest(self, tmp_path) -> None:
+        output = {"rank": {"budget": "2.5kB"}, "uniform_rank": False}
+        _, (name, command) = self.loading(tmp_path, rank=9, output=output)
+        assert name == "vLLM"
+        config = stored_config(tmp_path / "merged")
+        ranks = {config["r"], *config["rank_pattern"].values()}
+        assert len(ranks) > 1
+        assert max(ranks) <= 8
+        assert "--max-lora-rank 8 " in command
+
+    def test_the_target_has_its_own_line(self, tmp_path) -> None:
+        _, sglang = self.loading(tmp_path, output={"target": "sglang"})
+        command = "python -m sglang.launch_server --model-path tiny/base --enable-lora --max-lora-rank 3"
+        assert sglang == ["SGLang", f"{command} --lora-paths merged=merged"]
+
+    @pytest.mark.parametrize(
+        ("format_name", "server", "line"),
+        [
+            ("gguf", "llama.cpp", "  llama.cpp    llama-server -m BASE.gguf --lora out/adapter.gguf"),
+            ("diffusers", "diffusers", "  diffusers    pipeline.load_lora_weights('out')"),
+            ("kohya", "comfyui", "  ComfyUI      copy out/*.safetensors to models/loras"),
+            ("other", None, "  other        out"),
+        ],
+    )
+    def test_another_dialect_has_the_line_of_its_server(self, tmp_path, format_name, server, line) -> None:
+        report = merge(recipe_of(adapters(tmp_path)), tmp_path / "out")
+        written = report.model_copy(update={"format": format_name, "server": server})
+        assert [*closing_lines(written, "out")][-1] == line
+
+
 def test_a_large_merged_norm_is_pointed_out(tmp_path) -> None:
     (path,) = adapters(tmp_path, 1)
     report = merge(recipe_of([path] * 3, "task_arithmetic"), tmp_path / "out")

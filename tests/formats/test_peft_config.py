@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats import PeftConfig
-from mergekit_lowrank.formats.peft_config import _IGNORED, _REFUSED, read_raw_config
+from mergekit_lowrank.formats.adapter_config import read_raw_config
 
 from .builders import config
 
@@ -27,7 +27,7 @@ def error_of(**changes: object) -> str:
 
 
 def test_every_field_of_the_installed_peft_is_known():
-    known = {*_IGNORED, *_REFUSED, *PeftConfig.model_fields, "init_lora_weights"}
+    known = {*PeftConfig.ignored, *PeftConfig.refused, *PeftConfig.model_fields, "init_lora_weights"}
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 
@@ -62,14 +62,16 @@ def test_patterns_match_as_in_peft(patterns, module):
     assert parse(lora_alpha=7, alpha_pattern=patterns).scaling_of(module, rank=3) == expected / 3
 
 
-@pytest.mark.parametrize("name", sorted(_REFUSED))
+@pytest.mark.parametrize("name", sorted(PeftConfig.refused))
 def test_a_field_that_changes_the_update_is_refused_by_name(name):
     message = error_of(**{name: True})
     assert message.startswith(f"adapter 'math': adapter_config.json: '{name}' is set to True, which is not handled: ")
     assert message.endswith(".")
 
 
-@pytest.mark.parametrize("name", sorted({*_REFUSED, *_IGNORED, "something_new", "init_lora_weights"}))
+@pytest.mark.parametrize(
+    "name", sorted({*PeftConfig.refused, *PeftConfig.ignored, "something_new", "init_lora_weights"})
+)
 @pytest.mark.parametrize("value", [None, False, {}, [], ""])
 def test_a_field_that_is_not_set_is_accepted(name, value):
     parse(**{name: value})
@@ -118,8 +120,9 @@ def test_what_is_saved_whole_is_found_by_the_name_of_a_module_around_it():
 
 def test_fused_parameters_are_found_by_the_module_that_holds_them():
     settings = parse(target_parameters=["mlp.experts.up", "mlp.experts.down"])
-    assert settings.parameters_of("layers.0.mlp.experts") == ("mlp.experts.up", "mlp.experts.down")
-    assert settings.parameters_of("layers.0.mlp.experts.base_layer") == ("mlp.experts.up", "mlp.experts.down")
+    names = ("layers.0.mlp.experts.up", "layers.0.mlp.experts.down")
+    assert settings.parameters_of("layers.0.mlp.experts") == names
+    assert settings.parameters_of("layers.0.mlp.experts.base_layer") == names
     assert settings.parameters_of("layers.0.mlp") == ()
 
 
@@ -190,3 +193,14 @@ def test_a_configuration_that_is_not_an_object_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a list; expected a JSON object"):
         read_raw_config(tmp_path / "adapter_config.json", where="adapter 'x'")
+
+
+class TestPatternsThatMayTakeForEver:
+    @pytest.mark.parametrize("key", ["(x+)+y", "((a*b)|c)*", "(q{2,})*", "(a(b+c))+"])
+    def test_they_are_refused(self, key) -> None:
+        with pytest.raises(CheckpointError, match="repeats what repeats"):
+            PeftConfig.parse(config(rank_pattern={key: 2}), where="here")
+
+    @pytest.mark.parametrize("key", [r".*\.(q|v)_proj", r"layers\.(0|1)+\.q", r"\(a+\)+", "[(a+)]+", "(a+)?b"])
+    def test_plain_ones_are_not(self, key) -> None:
+        assert PeftConfig.parse(config(rank_pattern={key: 2}), where="here").rank_pattern == {key: 2}

@@ -131,7 +131,7 @@ def test_a_swept_value_knows_its_place() -> None:
         ("{parameters.density: 0.5}", "r.yaml:6:29: sweep.'parameters.density': expected a list, found 0.5"),
         ("{parameters.density: []}", "r.yaml:6:29: sweep.'parameters.density': expected a list with at least one entry, found []"),
         ("{parameters..density: [1]}", "r.yaml:6:9: sweep.'parameters..density': expected a key path, such as parameters.density or models[0].parameters.weight, found 'parameters..density'"),
-        ("{dtype: [float64]}", "r.yaml:6:9: sweep.dtype: 'dtype' cannot be swept: the inputs, the base model, output.kind, output.shard_size, dtype and execution are the same in all variants; write a second recipe"),
+        ("{dtype: [float64]}", "r.yaml:6:9: sweep.dtype: 'dtype' cannot be swept: the inputs, the base model, output.kind, output.shard_size, dtype, extras and execution are the same in all variants; write a second recipe"),
         ("[{dtype: float64}]", "r.yaml:6:10: sweep[0].dtype: 'dtype' cannot be swept"),
         ("{parameters.lambda: [1]}", "r.yaml:6:9: sweep.'parameters.lambda': mergekit's 'lambda' is 'scale' here; sweep scale"),
         ("{parametres.density: [1]}", "r.yaml:6:9: parametres: unknown key 'parametres'; did you mean 'parameters'?"),
@@ -176,7 +176,7 @@ def test_a_wrong_sweep_is_told_in_one_sentence(sweep: str, message: str) -> None
 def test_what_variants_share_cannot_be_swept(path: str) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"cannot be swept: the inputs, the base model, output\.kind, output\.shard_size, dtype and execution are",
+        match=r"cannot be swept: the inputs, the base model, output\.kind, output\.shard_size, dtype, extras and execution are",
     ):
         swept(f"sweep: {{'{path}': [x]}}")
 

@@ -18,6 +18,8 @@ from mergekit_lowrank.testing import write_tiny_adapter
 ATTENTION = tuple(f"model.layers.{layer}.self_attn.{side}_proj" for layer in range(2) for side in "qkv")
 Q = ATTENTION[0]
 TEXT = ("vllm", "sglang", "llama.cpp")
+DIFFUSION = ("diffusers", "comfyui")
+UNET = tuple(f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{side}" for side in "qkv")
 
 
 def linear(*modules, rank=2, shape=(8, 8)):
@@ -40,9 +42,15 @@ def opened(tensors=None, **settings):
     return Adapter({f"base_model.model.{key}": tensor for key, tensor in own.items()}, config).open(label="math")
 
 
+def at_home(target, extra=None, **settings):
+    """An adapter of a model of the kind that the server has."""
+    modules = UNET if target in DIFFUSION else ATTENTION
+    return opened({**linear(*modules), **(extra or {})}, **settings)
+
+
 def judged(target, checkpoint, **options):
     """The verdicts but for that on the dialect."""
-    return [found for found in SERVERS[target].judge(checkpoint, **options) if "; this is a " not in found.what]
+    return [found for found in SERVERS[target].judge(checkpoint, **options) if not found.what.startswith("this is a ")]
 
 
 def fatal(target, checkpoint):
@@ -72,7 +80,7 @@ def test_only_vllm_is_started_with_a_rank_of_a_list():
 
 @pytest.mark.parametrize("target", SERVERS)
 def test_what_a_merge_writes_is_applied_everywhere_once_it_is_in_the_servers_format(target):
-    assert SERVERS[target].judge(opened(), dialect=SERVERS[target].format) == []
+    assert SERVERS[target].judge(at_home(target), dialect=SERVERS[target].format) == []
 
 
 @pytest.mark.parametrize("target", ["vllm", "sglang"])
@@ -84,18 +92,72 @@ def test_what_a_merge_writes_is_loaded_as_it_lies(target):
     ("target", "format_name"), [("llama.cpp", "gguf"), ("diffusers", "diffusers"), ("comfyui", "kohya")]
 )
 def test_another_dialect_is_to_be_converted(target, format_name):
+    (found,) = SERVERS[target].judge(at_home(target))
+    assert found.is_fatal
+    assert found.what.startswith("this is a PEFT directory; ")
+    assert found.advice.startswith(f"Convert it: mergekit-lowrank convert ADAPTER OUT --format {format_name}")
+    assert ("--base DIRECTORY" in found.advice) == (target == "llama.cpp")
+
+
+@pytest.mark.parametrize("kind", ["lora_bias", "bias", "modules_to_save", "embedding", "norm", "rows"])
+def test_what_the_writer_refuses_is_not_to_be_converted(kind):
+    extra, settings = BESIDE[kind]
+    found = SERVERS["llama.cpp"].judge(opened({**linear(*ATTENTION), **extra}, use_rslora=True, **settings))
+    assert len(found) == 3  # what is beside the factors, rsLoRA, and the dialect
+    assert not any("convert" in verdict.advice for verdict in found)
+
+
+@pytest.mark.parametrize("target", DIFFUSION)
+def test_an_adapter_of_a_language_model_is_nothing_for_a_pipeline(target):
     (found,) = SERVERS[target].judge(opened())
     assert found.is_fatal
-    assert found.what.endswith("this is a PEFT directory")
-    assert found.advice == f"Convert it: mergekit-lowrank convert ADAPTER OUT --format {format_name}."
+    assert f"{target} loads LoRAs of diffusion models; this is of a language model: '{Q}'" in found.what
+    assert found.advice.startswith("Serve it by vllm, sglang or llama.cpp.")
+    assert SERVERS[target].judge(opened(), dialect=SERVERS[target].format) == [found]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "unet.conv_in",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+        "transformer.blocks.0.attn1.to_q",
+        "transformer.blocks.0.ffn.net.0.proj",
+        "mid_block.attentions.0.proj_in",
+        "single_transformer_blocks.0.attn.to_q",
+    ],
+)
+@pytest.mark.parametrize("target", SERVERS)
+def test_a_module_of_a_pipeline_shows_by_its_name(target, module):
+    (found,) = SERVERS[target].judge(opened(linear(module)))
+    assert ("this is a LoRA of a diffusion model" in found.what) == (target in TEXT)
+
+
+@pytest.mark.parametrize(
+    "module", ["transformer.h.0.attn.c_attn", "transformer.blocks.0.norm_attn_norm.attn.Wqkv", "encoder.layer.0.query"]
+)
+def test_a_language_model_may_be_called_a_transformer(module):
+    assert SERVERS["vllm"].judge(opened(linear(module))) == []
+
+
+def test_a_convolution_of_a_pipeline_is_not_to_be_folded_for_a_text_server():
+    kernel = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 3, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(4, 2, 1, 1),
+    }
+    (found,) = SERVERS["vllm"].judge(opened(kernel))
+    assert found.what == "vllm serves language models; this is a LoRA of a diffusion model: 'unet.conv_in'"
+    assert found.advice == "Load it in diffusers or comfyui."
 
 
 @pytest.mark.parametrize("target", SERVERS)
 def test_a_whole_model_is_no_adapter(target, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    found = SERVERS[target].judge(WholeModelFormat().open(tmp_path, label="tuned"))
-    assert any("whole model and no adapter" in verdict.what and verdict.is_fatal for verdict in found)
+    (found,) = SERVERS[target].judge(WholeModelFormat().open(tmp_path, label="tuned"))
+    assert found.is_fatal
+    assert "whole model and no adapter" in found.what
 
 
 @pytest.mark.parametrize("target", TEXT)
@@ -103,6 +165,20 @@ def test_dora_is_refused(target):
     magnitudes = {f"{module}.lora_magnitude_vector": torch.ones(8) for module in ATTENTION}
     dora = opened({**linear(*ATTENTION), **magnitudes}, use_dora=True)
     assert any("DoRA" in found for found in fatal(target, dora))
+
+
+@pytest.mark.parametrize("target", TEXT)
+def test_vera_is_no_dora_and_becomes_a_lora_with_the_base_at_hand(target):
+    own = {
+        f"{module}.vera_lambda_{side}": torch.ones(size) for module in ATTENTION for side, size in (("b", 8), ("d", 2))
+    }
+    tensors = {f"base_model.model.{key}": tensor for key, tensor in own.items()}
+    shared = {"base_model.vera_A": torch.ones(2, 8), "base_model.vera_B": torch.ones(8, 2)}
+    config = {"peft_type": "VERA", "r": 2, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    (found,) = SERVERS[target].judge(Adapter({**tensors, **shared}, config).open(label="vera"))
+    assert found.is_fatal
+    assert "DoRA" not in found.what
+    assert found.advice == "Make it a plain LoRA first: mergekit-lowrank resize ADAPTER OUT --rank 2 --base BASE."
 
 
 # Scaling and ranks
@@ -173,9 +249,12 @@ def test_convolutions_are_refused(target):
     assert any("convolutions: 'conv'" in found for found in fatal(target, opened({**linear(*ATTENTION), **kernel})))
 
 
-@pytest.mark.parametrize("target", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("target", DIFFUSION)
 def test_convolutions_are_at_home_in_diffusion(target):
-    kernel = {"conv.lora_A.weight": torch.ones(2, 3, 3, 3), "conv.lora_B.weight": torch.ones(4, 2, 1, 1)}
+    kernel = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 3, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(4, 2, 1, 1),
+    }
     assert SERVERS[target].judge(opened(kernel), dialect="kohya") == []
 
 
@@ -277,18 +356,25 @@ SAID = {
 @pytest.mark.parametrize(("target", "kind"), SAID)
 def test_what_lies_beside_the_factors_is_named(target, kind):
     extra, settings = BESIDE[kind]
-    (found,) = fatal(target, opened({**linear(*ATTENTION), **extra}, **settings))
+    (found,) = fatal(target, at_home(target, extra, **settings))
     assert SAID[target, kind] in found
     assert "kind: model" in found
 
 
-@pytest.mark.parametrize("target", TEXT)
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
 def test_weights_of_the_base_beside_their_factors_matter_only_with_added_tokens(target):
     extra, _ = BESIDE["embedding"]
     copied = opened({**linear(*ATTENTION), **extra})
     assert fatal(target, copied) == []
     (remark,) = remarks(target, copied)
     assert "beside their factors: 'model.embed_tokens.weight'. That is right unless tokens were added" in remark
+
+
+def test_weights_of_the_base_beside_their_factors_are_not_written_as_gguf():
+    extra, _ = BESIDE["embedding"]
+    (found,) = fatal("llama.cpp", opened({**linear(*ATTENTION), **extra}))
+    assert "ours refuses them: 'model.embed_tokens.weight'" in found
+    assert "save_pretrained(…, save_embedding_layers=False)" in found
 
 
 def test_vllm_loads_the_head_of_a_classifier():
@@ -346,5 +432,14 @@ def test_comfyui_reads_alpha_from_tensors_only(tmp_path):
 def test_a_diffusion_file_is_nothing_for_a_text_server(tmp_path):
     style = InOneFile(tmp_path / "a.safetensors", 1, "lora_unet_to_q.alpha")
     for target in TEXT:
-        what = SERVERS[target].judge(style)[0].what
-        assert what.endswith("this is a file in kohya's names")
+        (found,) = SERVERS[target].judge(style)
+        assert found.what.endswith("this is a LoRA of a diffusion model: 'unet.to_q'")
+
+
+def test_remedies_name_the_adapter(tmp_path):
+    directory = write_tiny_adapter(tmp_path / "my math", dict.fromkeys(ATTENTION, (8, 8)), use_rslora=True)
+    checkpoint = PeftFormat().open(directory, label="math")
+    (found,) = fatal("sglang", checkpoint)
+    assert f"merge --method linear '{directory}' -o 'my math-served/'" in found
+    (found,) = SERVERS["sglang"].judge(checkpoint, called="org/math")
+    assert "merge --method linear org/math -o math-served/" in found.advice

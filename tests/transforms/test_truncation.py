@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_lowrank import MergeError, RecipeError, extract, resize
+from mergekit_lowrank import CheckpointError, RecipeError, extract, resize
 from mergekit_lowrank.testing import write_tiny_adapter
 
 from .builders import MODULES, write_adapter
@@ -114,15 +114,21 @@ def test_a_budget_is_kept_with_ranks_that_differ(tmp_path: Path) -> None:
     assert len({module["rank"] for module in report.modules}) > 1
 
 
-@pytest.mark.parametrize("rank", ["many", "energy:", "energy:most", "enrgy:0.9", "", "4:4", "1.5"])
-def test_a_rank_that_is_none_is_refused_with_examples(tmp_path: Path, rank: str) -> None:
-    with pytest.raises(RecipeError, match=rf"rank '{rank}': expected a whole number, energy:E.*budget:80MB"):
+WRONG_RANKS = (
+    *("many", "energy:", "energy:most", "enrgy:0.9", "", "4:4", "1.5", "max", "sum"),
+    *("0", "-3", "energy:2", "energy:nan", "error:1", "budget:0", "budget:80XB"),
+    *(0, {"energy": 1.5}, {"enrgy": 0.9}, {"energy": 0.9, "error": 0.1}),
+)
+
+
+@pytest.mark.parametrize("rank", WRONG_RANKS, ids=str)
+def test_a_rank_that_is_none_is_refused_with_what_one_is(tmp_path: Path, rank: int | str | dict[str, object]) -> None:
+    with pytest.raises(RecipeError) as caught:
         resize(write_adapter(tmp_path / "math"), tmp_path / "small", rank=rank)
-
-
-def test_a_share_out_of_range_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="energy"):
-        resize(write_adapter(tmp_path / "math"), tmp_path / "small", rank="energy:1.5")
+    assert str(caught.value) == (
+        f"rank {rank!r}: expected a whole number of at least 1, energy:E with 0 < E <= 1, error:E with 0 < E < 1, or "
+        "budget:SIZE, as in 32, energy:0.99, error:0.05 or budget:80MB"
+    )
 
 
 def test_saved_modules_go_with_a_resized_adapter(tmp_path: Path) -> None:
@@ -149,13 +155,34 @@ def test_an_extracted_adapter_is_the_best_approximation_of_the_difference(tmp_pa
 
 
 def test_a_changed_norm_is_named_unless_something_is_said_of_it(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(MergeError, match=r"model\.layers\.0\.norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"'tuned' changed a tensor .*: 'model\.layers\.0\.norm\.weight'"):
         extract(tuned(base), tmp_path / "out", base=base, rank=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_norm_can_be_left_to_the_base(tmp_path: Path, base: Path) -> None:
-    extract(tuned(base), tmp_path / "out", base=base, rank=2, extras={"from": "base_model"})
+def test_of_many_changed_vectors_the_first_are_named(tmp_path: Path) -> None:
+    shapes = {**SHAPES, **{f"model.layers.{layer}.norm.weight": (5,) for layer in range(5)}}
+    base = write_model(tmp_path / "base", {key: torch.zeros(shape) for key, shape in shapes.items()})
+    source = write_model(tmp_path / "tuned", {key: torch.ones(shape) for key, shape in shapes.items()})
+    with pytest.raises(CheckpointError, match=r"'tuned' changed 5 tensors .*2\.norm\.weight' and 2 more\. Say"):
+        extract(source, tmp_path / "out", base=base, rank=2, extras="error")
+
+
+@pytest.mark.parametrize("policy", ["drop", "", {"from": "tuned"}, {}], ids=str)
+def test_a_policy_that_is_none_is_refused_with_those_there_are(
+    tmp_path: Path, base: Path, policy: str | dict[str, str]
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        extract(tuned(base), tmp_path / "out", base=base, rank=2, extras=policy)
+    assert str(caught.value) == (
+        f"extras {policy!r}: expected error (they are named), average or delta (saved whole), or base_model (left out: "
+        "those of the base stay)"
+    )
+
+
+@pytest.mark.parametrize("policy", ["base_model", {"from": "base_model"}], ids=str)
+def test_a_changed_norm_can_be_left_to_the_base(tmp_path: Path, base: Path, policy: str | dict[str, str]) -> None:
+    extract(tuned(base), tmp_path / "out", base=base, rank=2, extras=policy)
     assert all("norm" not in key for key in tensors_of(tmp_path / "out"))
 
 
@@ -191,5 +218,5 @@ def test_a_dora_adapter_is_resized_through_its_base(tmp_path: Path, base: Path) 
     moved = weight.double() + delta(source, module)
     wanted = magnitude.double().unsqueeze(1) * moved / moved.norm(dim=1, keepdim=True) - weight.double()
     torch.testing.assert_close(delta(tmp_path / "plain", module), wanted, rtol=1e-4, atol=1e-5)
-    with pytest.raises(MergeError, match="DoRA"):
+    with pytest.raises(CheckpointError, match=r"DoRA.*Give the base model: --base DIR, in Python base=DIR"):
         resize(source, tmp_path / "other", rank=5)

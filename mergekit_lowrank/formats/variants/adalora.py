@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat
 
+from mergekit_lowrank.formats.adapter_config import Rank
 from mergekit_lowrank.formats.variants.checkpoint import VariantCheckpoint
-from mergekit_lowrank.formats.variants.config import Rank, VariantConfig
+from mergekit_lowrank.formats.variants.config import VariantConfig
 from mergekit_lowrank.formats.variants.forms import Form, Parts, Shape, Sizes
 from mergekit_lowrank.lowrank import LowRankUpdate
 from mergekit_lowrank.lowrank.structured import with_diagonals

@@ -99,7 +99,7 @@ def extras_of(
         if name in extras:
             twice = f"'{extras[name].key}' and '{key}'"
             findings.add("parameters that are there twice", twice, f"{_SAVE} again.")
-        extras[name] = Extra(name, key, spec.dtype, spec.shape, saved_under=config.saved_under(name))
+        extras[name] = Extra(name, key, spec.dtype, spec.shape, saved_under=config.saved_under(name.rpartition(".")[0]))
     return extras
 
 

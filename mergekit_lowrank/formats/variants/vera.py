@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
+from mergekit_lowrank.formats.adapter_config import Rank
 from mergekit_lowrank.formats.variants.checkpoint import VariantCheckpoint
-from mergekit_lowrank.formats.variants.config import Rank, VariantConfig
+from mergekit_lowrank.formats.variants.config import VariantConfig
 from mergekit_lowrank.formats.variants.forms import Fit, Form, Parts, Shape, Sizes
 from mergekit_lowrank.lowrank import LowRankUpdate
 from mergekit_lowrank.lowrank.structured import with_diagonals
