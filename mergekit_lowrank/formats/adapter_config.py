@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -22,7 +20,6 @@ __all__ = [
     "first_match",
     "is_named",
     "is_unset",
-    "read_raw_config",
     "short",
 ]
 
@@ -137,21 +134,6 @@ class AdapterConfig(BaseModel):
                 + (f"; did you mean '{guess}'? " if guess else ". ")
                 + "Remove it if it does not change what the adapter computes."
             )
-
-
-def read_raw_config(path: Path, *, where: str) -> dict[str, object]:
-    """The configuration in a file, unchecked.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-    """
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: {path} is not readable as JSON: {error}. Download it again.") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{where}: {path} holds a {type(raw).__name__}; expected a JSON object.")
-    return raw
 
 
 def first_match(patterns: Mapping[str, _Value], module: str, default: _Value) -> _Value:

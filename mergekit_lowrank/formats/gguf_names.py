@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from mergekit_lowrank.errors import CheckpointError
+from mergekit_lowrank.formats.checked import read_object
 
 __all__ = ["ARCHITECTURES", "Architecture", "BaseModel", "base_config_of"]
 
@@ -114,13 +114,7 @@ def base_config_of(base_model: str | None, *, where: str) -> Mapping[str, object
             f"{repr(base_model) if base_model else 'the one it was tuned from'} is not on this machine. "
             "Give the base model's directory (--base)."
         )
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: {path} is not readable as JSON: {error}. Download it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: {path} holds a {type(config).__name__}; expected a JSON object.")
-    return config
+    return read_object(path, where=where)
 
 
 def _config_path(base_model: str | None) -> Path | None:

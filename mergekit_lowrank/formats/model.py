@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_lowrank.errors import CheckpointError, nearest_name
 from mergekit_lowrank.filenames import ADAPTER_CONFIG, MODEL_CONFIG, MODEL_WEIGHTS
 from mergekit_lowrank.formats.base import ModuleHeader
+from mergekit_lowrank.formats.checked import read_object
 from mergekit_lowrank.formats.parameters import (
     Renaming,
     has_tied_name,
@@ -295,13 +296,7 @@ def _read_config(directory: Path, where: str) -> dict[str, object]:
             else "Expected a Hugging Face model directory: download it again."
         )
         raise CheckpointError(f"{where}: {directory} has no {MODEL_CONFIG}. {advice}")
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: {path} is not readable as JSON: {error}. Download it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: {path} holds a {type(config).__name__}; expected a JSON object.")
-    return config
+    return read_object(path, where=where)
 
 
 def _weight_file(directory: Path, where: str) -> Path:

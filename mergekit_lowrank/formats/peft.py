@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.filenames import ADAPTER_WEIGHTS, MODEL_CONFIG, SIDE_FILE
-from mergekit_lowrank.formats.adapter_config import read_raw_config
 from mergekit_lowrank.formats.base import Checkpoint, Extra, Format, ModuleHeader
+from mergekit_lowrank.formats.checked import finite, read_object
 from mergekit_lowrank.formats.dora import DoraCheckpoint
 from mergekit_lowrank.formats.layouts import Expert, Whole
 from mergekit_lowrank.formats.model import ModelDirectory
@@ -125,17 +124,7 @@ class PeftCheckpoint(Checkpoint):
         return self._finite(extra.key, source.read_rows(extra.key, where).flatten(1))
 
     def _finite(self, key: str, tensor: Tensor) -> Tensor:
-        if tensor.numel() == 0 or not tensor.is_floating_point():
-            return tensor
-        values = tensor.float() if tensor.itemsize == 1 else tensor  # types of 8 bits have no such operations
-        low, high = torch.aminmax(values)  # NaN propagates; no mask as large as the tensor
-        if not (math.isfinite(low) and math.isfinite(high)):
-            count = int((~values.isfinite()).sum())
-            raise CheckpointError(
-                f"{self._where}: tensor '{key}' holds {count} NaN or infinite values. A merge would spread them: "
-                "train or save the adapter again."
-            )
-        return tensor
+        return finite(tensor, key, where=self._where)
 
 
 class PeftFormat(Format):
@@ -155,7 +144,7 @@ class PeftFormat(Format):
         where = f"adapter '{label}'"
         directory = _directory(path, where)
         config_path, tensor_path = directory / CONFIG_NAME, _tensor_file(directory, where)
-        raw, source = read_raw_config(config_path, where=where), open_tensors(tensor_path)
+        raw, source = read_object(config_path, where=where), open_tensors(tensor_path)
         side_path, files = directory / SIDE_FILE, (config_path, *source.files)
         side = open_tensors(side_path) if side_path.is_file() else None
         if side is not None:

@@ -130,6 +130,12 @@ class Output(Strict):
         return bytes_of(self.shard_size)
 
     @model_validator(mode="after")
+    def _a_model_is_a_kind(self) -> Output:
+        if self.format == "model":
+            raise refused("a model is a kind of output, no dialect of an adapter; write kind: model", at=("format",))
+        return self
+
+    @model_validator(mode="after")
     def _fits_its_kind(self) -> Output:
         if self.kind == "adapter" and self.shard_size is not None:
             raise refused("an adapter is one file; leave it out, or write kind: model", at=("shard_size",))

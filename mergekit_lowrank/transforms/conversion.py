@@ -16,7 +16,9 @@ from torch import Tensor
 from mergekit_lowrank._version import __version__
 from mergekit_lowrank.engine import open_checkpoint
 from mergekit_lowrank.errors import CheckpointError, OutputError, RecipeError
+from mergekit_lowrank.filenames import MODEL_CONFIG
 from mergekit_lowrank.formats import MANIFEST_NAME, Checkpoint, WholeModel, Writer, new_directory, write_text
+from mergekit_lowrank.formats.checked import read_object
 from mergekit_lowrank.lowrank import LowRankUpdate, blocks_of_rows
 from mergekit_lowrank.recipe import resolve_directory, resolve_model
 from mergekit_lowrank.registry import Registry
@@ -131,18 +133,8 @@ def _writer(kind: type[Writer], base: str | Path | None) -> Writer:
         return kind()
     if not inspect.signature(kind).parameters:
         raise RecipeError(f"format '{kind.name}' needs no base model: leave the base out")
-    return kind(_base_config(resolve_directory(str(base), Path.cwd())))  # type: ignore[call-arg]
-
-
-def _base_config(directory: Path) -> Mapping[str, object]:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"base model '{directory}': {path} is not readable as JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"base model '{directory}': {path} holds a {type(config).__name__}; expected an object.")
-    return config
+    config = resolve_directory(str(base), Path.cwd()) / MODEL_CONFIG
+    return kind(read_object(config, where=f"base model '{base}'"))  # type: ignore[call-arg]
 
 
 def _check_source(checkpoint: Checkpoint) -> None:

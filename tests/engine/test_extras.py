@@ -315,9 +315,7 @@ def test_of_a_fine_tune_that_becomes_an_adapter_changed_norms_lie_beside_the_fac
     model = write_model(tmp_path / "base", base)
     tuned = write_model(tmp_path / "tuned", {**base, **changed})
     recipe = recipe_of([tuned], base_model=str(model), output={"rank": 1}) | {"merge_method": "task_arithmetic"}
-    with pytest.raises(
-        CheckpointError, match=r"'tuned' holds a tensor that is no low-rank factor: '.*norm\.weight'"
-    ):
+    with pytest.raises(CheckpointError, match=r"'tuned' holds a tensor that is no low-rank factor: '.*norm\.weight'"):
         plan(recipe)
     tensors, settings = merged(recipe | {"extras": "average"}, tmp_path / "out")
     assert torch.allclose(tensors[f"{P}model.norm.weight"], changed["model.norm.weight"])

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats import PeftConfig
-from mergekit_lowrank.formats.adapter_config import read_raw_config
+from mergekit_lowrank.formats.checked import read_object
 
 from .builders import config
 
@@ -186,13 +186,13 @@ def test_the_input_mapping_is_kept_as_it_was():
 def test_a_configuration_that_is_not_json_is_named(tmp_path, content):
     (tmp_path / "adapter_config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"adapter 'x': .*adapter_config.json is not readable as JSON"):
-        read_raw_config(tmp_path / "adapter_config.json", where="adapter 'x'")
+        read_object(tmp_path / "adapter_config.json", where="adapter 'x'")
 
 
 def test_a_configuration_that_is_not_an_object_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a list; expected a JSON object"):
-        read_raw_config(tmp_path / "adapter_config.json", where="adapter 'x'")
+        read_object(tmp_path / "adapter_config.json", where="adapter 'x'")
 
 
 class TestPatternsThatMayTakeForEver:

@@ -242,6 +242,7 @@ def test_a_budget_in_one_rank_for_all_is_refused_with_its_place() -> None:
         ({"workers": 2}, "workers: unknown key 'workers'; write it under 'execution'"),
         ({"output": {"kind": "modle"}}, r"output.kind: expected 'adapter' or 'model' \(did you mean 'model'\?\), found 'modle'"),
         ({"output": {"kind": "model"}}, "output.kind: the merged update is added to a base model; name its directory under base_model"),
+        ({"output": {"format": "model"}}, "output.format: a model is a kind of output, no dialect .*; write kind: model"),
         ({"output": {"shard_size": "5GB"}}, "output.shard_size: an adapter is one file; leave it out, or write kind: model"),
         ({"base_model": "b", "output": {"kind": "model", "snap": "vllm"}}, "output.snap: it says how factors are written, and a"),
         ({"base_model": "b", "output": {"kind": "model", "balance": False}}, "output.balance: it says how factors .*; leave it out"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats.base import Checkpoint, Extra, ModuleHeader
+from mergekit_lowrank.formats.checked import finite
 from mergekit_lowrank.formats.layouts import LINEAR, Convolution, Layout
 from mergekit_lowrank.formats.model import ModelDirectory
 from mergekit_lowrank.formats.peft_config import CONFIG_NAME
@@ -141,17 +142,7 @@ class VariantCheckpoint(Checkpoint):
         return own.form.update(parts)
 
     def _finite(self, key: str, tensor: Tensor) -> Tensor:
-        if tensor.numel() == 0 or not tensor.is_floating_point():
-            return tensor
-        values = tensor.float() if tensor.itemsize == 1 else tensor  # types of 8 bits have no such operations
-        low, high = torch.aminmax(values)  # NaN propagates; no mask as large as the tensor
-        if not (math.isfinite(low) and math.isfinite(high)):
-            count = int((~values.isfinite()).sum())
-            raise CheckpointError(
-                f"{self._where}: tensor '{key}' holds {count} NaN or infinite values. A merge would spread them: "
-                "train or save the adapter again."
-            )
-        return tensor
+        return finite(tensor, key, where=self._where)
 
     def _contents(self) -> tuple[dict[str, Stored], dict[str, Extra]]:
         """The modules, and what lies beside them.
