@@ -162,7 +162,7 @@ def test_a_base_without_a_readable_configuration_is_named(tmp_path: Path) -> Non
     source, base = write_adapter(tmp_path / "math"), tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"config\.json holds a list; expected an object"):
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list; expected a JSON object"):
         convert(source, tmp_path / "out", format="based", base=base, registry=registry())
     (base / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not readable as JSON"):
