@@ -108,6 +108,11 @@ def replaced(path: Path, old: str, new: str) -> bytes:
     return path.read_bytes().replace(old.encode(), new.encode())
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
 @pytest.mark.usefixtures("connected")
 class TestOnACluster:
     def test_a_survey_and_ranks_from_the_data(self, tmp_path: Path, registry: Registry, models) -> None:
@@ -155,8 +160,7 @@ class TestOnACluster:
         merge({"merge_method": "calm", "models": models}, tmp_path / "calm", registry=registry)
         merge({"merge_method": "dying", "models": models}, tmp_path / "dying", registry=registry, executor="ray")
         assert (notes / "died").exists()
-        name = "adapter_model.safetensors"
-        assert (tmp_path / "dying" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+        assert same_tensors(tmp_path / "dying", tmp_path / "calm")  # the header names the method
         report = tmp_path / "dying" / "report.json"
         assert replaced(report, "dying", "calm") == (tmp_path / "calm" / "report.json").read_bytes()
 
@@ -170,8 +174,7 @@ class TestOnACluster:
         merge({"merge_method": "waiting", "models": models}, tmp_path / "waiting", registry=registry, executor="ray")
         lost.join()
         assert (notes / f"at {third.node_id}").exists()
-        name = "adapter_model.safetensors"
-        assert (tmp_path / "waiting" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+        assert same_tensors(tmp_path / "waiting", tmp_path / "calm")
 
     def test_a_job_gets_a_gpu_where_it_needs_one(self, cluster) -> None:
         jobs = [Job(n, str(n), 1) for n in range(4)]
