@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -317,6 +318,7 @@ def test_narrowed_models_have_no_targets() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("RUN_BENCHMARKS" not in os.environ, reason="takes minutes; set RUN_BENCHMARKS to run it")
 def test_every_job_runs_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
