@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, overload
+from typing import TypedDict, overload
 
 from typing_extensions import Unpack
 
 from mergekit_lowrank.engine import (
     Parts,
     Plan,
-    PlannedAdapter,
-    SettingsResolver,
     Shard,
-    build_plan,
-    default_memory_bytes,
     names_of_variants,
-    open_inputs,
     select_devices,
 )
-from mergekit_lowrank.errors import MergeError, OutputError, RecipeError
+from mergekit_lowrank.errors import MergeError, OutputError
 from mergekit_lowrank.events import MergeFinished, Reporter
-from mergekit_lowrank.executors import Executor
 from mergekit_lowrank.formats import Checkpoint, empty_directory, new_directory, partial_path
-from mergekit_lowrank.recipe import HubId, Outlines, Recipe, load_recipe, parse_recipe
+from mergekit_lowrank.recipe import Outlines, parse_recipe
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report import Report
-from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, refuse_warnings, write_index, writer_of
+from mergekit_lowrank.requests import RecipeLike, as_recipe, executor_of, plans_of, refuse_below_one
+from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, write_index
 
 __all__ = ["MergedAdapter", "RecipeLike", "finalize", "merge", "plan", "plan_variants"]
-
-RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
 
 
 def plan(
@@ -89,56 +82,10 @@ def plan_variants(
     Raises:
         MergeError: every problem of the recipe, the inputs and the budget, together.
     """
-    registry, whole = registry or Registry.load(), _as_recipe(recipe)
-    scheduler = _executor(registry, whole, executor, workers)
+    registry, whole = registry or Registry.load(), as_recipe(recipe)
+    scheduler = executor_of(registry, whole, executor, workers)
     with Outlines() as outlines:
-        return _plans(whole, registry, scheduler.workers, memory_bytes, strict=strict, download=outlines)
-
-
-def _plans(
-    whole: Recipe,
-    registry: Registry,
-    workers: int,
-    memory_bytes: int | None,
-    *,
-    strict: bool,
-    download: Callable[[HubId], Path] | None = None,
-) -> dict[str, Plan]:
-    """The plan of each variant.
-
-    Args:
-        whole: the recipe.
-        registry: what there is to merge with.
-        workers: modules that are merged at once.
-        memory_bytes: what the merge may hold; None for what the recipe says.
-        strict: whether a warning is an error.
-        download: gives what lies on the Hugging Face Hub a path here; all of it when left out.
-    """
-    _refuse_below_one(memory_bytes=memory_bytes)
-    budget = memory_bytes or whole.execution.memory_bytes or default_memory_bytes()
-    variants = whole.variants()
-    resolvers = [SettingsResolver(variant, registry) for _, variant in variants]
-    problems = {str(problem): problem for resolver in resolvers for problem in resolver.problems}
-    inputs = open_inputs(whole, registry, problems=[*problems.values()], download=download)
-    made = {
-        name: build_plan(
-            variant,
-            inputs.checkpoints,
-            resolver,
-            memory_bytes=budget,
-            workers=workers,
-            variants=len(variants),
-            base=inputs.base,
-        )
-        for (name, variant), resolver in zip(variants, resolvers, strict=True)
-    }
-    for own in made.values():
-        writer = writer_of(own, registry)
-        if writer is not None:
-            writer.check(PlannedAdapter(own))
-    if strict:
-        refuse_warnings([warning for own in made.values() for warning in own.warnings])
-    return made
+        return plans_of(whole, registry, scheduler.workers, memory_bytes, strict=strict, download=outlines)
 
 
 class MergeOptions(TypedDict, total=False):
@@ -207,11 +154,11 @@ def merge(
     Raises:
         MergeError: what the recipe, the inputs, a plugin or the disk did wrong; nothing is left at ``output``.
     """
-    registry, start, whole = registry or Registry.load(), time.perf_counter(), _as_recipe(recipe)
-    scheduler = _executor(registry, whole, executor, workers)
-    plans = _plans(whole, registry, scheduler.workers, memory_bytes, strict=strict)
+    registry, start, whole = registry or Registry.load(), time.perf_counter(), as_recipe(recipe)
+    scheduler = executor_of(registry, whole, executor, workers)
+    plans = plans_of(whole, registry, scheduler.workers, memory_bytes, strict=strict)
     followers = Followers([*reporters, *(cls() for cls in registry.reporters.values())])
-    _refuse_below_one(vram_bytes=vram_bytes)
+    refuse_below_one(vram_bytes=vram_bytes)
     devices = select_devices(device or whole.execution.device or "auto")
     vram = vram_bytes or whole.execution.vram_bytes
     run = Run(plans, registry, scheduler, devices, vram, followers, strict, start)
@@ -268,34 +215,13 @@ def finalize(
         for name in names:
             parts = Parts(partial / name)
             recipe = parse_recipe(parts.origin.recipe, name="recipe", directory=Path(parts.origin.directory))
-            (made,) = _plans(recipe, registry, 1, sys.maxsize, strict=False).values()  # nothing is merged
+            (made,) = plans_of(recipe, registry, 1, sys.maxsize, strict=False).values()  # nothing is merged
             reports[name] = assemble(parts, made, partial / name, output / name, registry, start)
         if reports.keys() != {""}:
             empty_directory(partial, but=names)
         write_index(partial, reports)
         followers.tell(MergeFinished(str(output), time.perf_counter() - start))
     return reports[""] if list(reports) == [""] else reports
-
-
-def _refuse_below_one(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise MergeError(f"{name}={number}: expected a whole number of at least 1, or None for the recipe's")
-
-
-def _as_recipe(recipe: RecipeLike) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    return parse_recipe(recipe) if isinstance(recipe, Mapping) else load_recipe(Path(recipe))
-
-
-def _executor(registry: Registry, recipe: Recipe, name: str | None, workers: int | None) -> Executor:
-    _refuse_below_one(workers=workers)
-    try:
-        made = registry.executor(name or recipe.execution.executor or "threads")
-    except RecipeError as error:
-        raise error if name else recipe.problem(("execution", "executor"), str(error)) from error
-    return made(workers or recipe.execution.workers)
 
 
 def _refuse_memory_inputs(plans: Mapping[str, Plan]) -> None:

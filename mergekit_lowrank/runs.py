@@ -32,7 +32,7 @@ from mergekit_lowrank.engine import (
     run_plans,
     with_ranks,
 )
-from mergekit_lowrank.errors import MergeError, OutputError, RecipeError, raise_together
+from mergekit_lowrank.errors import OutputError
 from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, Notice, Reporter
 from mergekit_lowrank.executors import Executor
 from mergekit_lowrank.filenames import SIDE_FILE
@@ -42,7 +42,6 @@ from mergekit_lowrank.formats import (
     Adapter,
     PeftWriter,
     Whole,
-    Writer,
     empty_directory,
     new_directory,
     partial_path,
@@ -58,8 +57,9 @@ from mergekit_lowrank.report import (
     sha256_of,
     write_texts,
 )
+from mergekit_lowrank.requests import refuse_warnings, writer_of
 
-__all__ = ["Followers", "MergedAdapter", "Run", "assemble", "refuse_warnings", "write_index", "writer_of"]
+__all__ = ["Followers", "MergedAdapter", "Run", "assemble", "write_index"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,21 +266,6 @@ def assemble(parts: Parts, made: Plan, directory: Path, output: Path, registry: 
     return report
 
 
-def writer_of(made: Plan, registry: Registry) -> Writer | None:
-    """What writes the adapter in another dialect than PEFT's; None where nothing does.
-
-    Raises:
-        RecipeError: there is no such dialect.
-    """
-    dialect = dialect_of(made.recipe)
-    if made.folds or dialect == PeftWriter.name:
-        return None
-    try:
-        return registry.writer(dialect)()
-    except RecipeError as error:
-        raise made.recipe.problem(("output", "format"), str(error)) from error
-
-
 def _digests(made: Plan, parts: Parts) -> dict[Path, str]:
     """SHA-256 of all inputs, as the parts found them."""
     files = [path for checkpoint in made.inputs for path in checkpoint.files]
@@ -310,13 +295,6 @@ class Followers:
                 self._reporters.remove(reporter)
                 name = getattr(reporter, "name", type(reporter).__name__)
                 self.warnings.append(f"reporter '{name}' failed and was left out: {type(error).__name__}: {error}")
-
-
-def refuse_warnings(warnings: Sequence[str]) -> None:
-    """Raise them as errors, where there are any."""
-    raise_together(
-        [MergeError(f"{warning} (a warning, and warnings are errors under --strict)") for warning in warnings]
-    )
 
 
 def write_index(partial: Path, reports: Mapping[str, Report]) -> None:

@@ -12,6 +12,7 @@ ROOMS = (
     "_version",
     "errors",
     "filenames",
+    "pages",
     "lowrank",
     "spaces",
     "policies",
@@ -25,14 +26,33 @@ ROOMS = (
     "recipe",
     "engine",
     "report",
+    "requests",
+    "verification",
     "runs",
     "api",
     "transforms",
+    "diagnostics",
+    "inspection",
+    "evaluation",
     "testing",
     "cli",
 )
 PLUGIN_ROOMS = ("strategies", "spaces", "formats")
-INTERNAL = ("registry", "recipe", "engine", "report", "runs", "api", "transforms", "cli")
+INTERNAL = (
+    "registry",
+    "recipe",
+    "engine",
+    "report",
+    "requests",
+    "verification",
+    "runs",
+    "api",
+    "transforms",
+    "diagnostics",
+    "inspection",
+    "evaluation",
+    "cli",
+)
 HEAVY_EXTRAS = ("peft", "transformers")
 
 

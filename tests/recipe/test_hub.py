@@ -304,8 +304,9 @@ class TestErrors:
         ],
     )  # fmt: skip
     def test_what_huggingface_hub_raises_is_explained(
-        self, failure: Exception, kind: type[MergeError], message: str
+        self, failure: Exception, kind: type[MergeError], message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         with pytest.raises(kind, match=message), hub_errors(HubId("org/lora")):
             raise failure
 
@@ -439,6 +440,7 @@ def test_the_environment_of_huggingface_hub_decides(hub: HubServer, tmp_path: Pa
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "0",
     }
     made = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     path = Path(made.stdout.strip())
