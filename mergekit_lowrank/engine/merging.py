@@ -17,7 +17,17 @@ from mergekit_lowrank.engine.devices import Device
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.formats import DTYPES
-from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, Update, canonical, compare, scratch_space
+from mergekit_lowrank.lowrank import (
+    DenseUpdate,
+    InputUpdate,
+    LowRankUpdate,
+    Update,
+    canonical,
+    compare,
+    scratch_space,
+    sign_conflict,
+    spectrum_of,
+)
 from mergekit_lowrank.policies import Compressed, Scaling, retained
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
@@ -42,6 +52,8 @@ SCRATCH_ABOVE_BYTES = 1 << 20
 """Smaller matrices stay in memory: they are less than what is allowed for itself to each worker."""
 ENERGY_SHARE = 0.99
 """The share for which the record names the rank that would keep it."""
+SHOWN_VALUES = 64
+"""Singular values in the record: as many as one looks at in a figure."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,13 @@ class ModuleRecord:
             zero sum.
         relative_error_is_estimate: whether it was measured on 64 random inputs of the module, as it is where the joint
             rank of the inputs is above 256.
+        cosines: (n, n) of the participants' updates, None where one is zero; empty where that joint rank is above 256.
+        sign_conflict: the share of all |w·ΔW| that stands against the sign of its entry's weighted sum, in [0, 0.5];
+            None for zero inputs.
+        sign_conflict_error: its standard error: of modules with more than 16,384 entries 4,096 are looked at.
+        spectrum: the largest singular values, at most 64, of the merged update before it was cut.
+        input_spectra: those of w_t ΔW_t of each participant; empty of a dense one.
+        peak_bytes: what the plan allowed for its merge.
         wall_seconds: of its merge, reading apart.
         warnings: what went differently than asked.
     """
@@ -85,6 +104,12 @@ class ModuleRecord:
     retention: float | None
     relative_error: float | None
     relative_error_is_estimate: bool
+    cosines: tuple[tuple[float | None, ...], ...]
+    sign_conflict: float | None
+    sign_conflict_error: float
+    spectrum: tuple[float, ...]
+    input_spectra: tuple[tuple[float, ...], ...]
+    peak_bytes: int
     wall_seconds: float
     warnings: tuple[str, ...] = ()
 
@@ -95,8 +120,13 @@ class ModuleRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModuleRecord:
         """The record that ``to_dict`` gave, after a way through JSON."""
-        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        plain: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
         return cls(**plain)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,6 +400,7 @@ def _record(
     aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
     found = compare(written, updates, aims, keyed_generator(plan.recipe.seed, module.name, "report"))
     energies = [own * own for own in found.norms]
+    conflict = sign_conflict(updates, module.weights, keyed_generator(plan.recipe.seed, module.name, "signs"))
     return {
         "module": module.name,
         "method": module.group.method,
@@ -386,4 +417,23 @@ def _record(
         "retention": retained(found.overlaps, energies, module.weights),
         "relative_error": found.relative_error,
         "relative_error_is_estimate": found.is_estimate,
+        "cosines": tuple(tuple(c if c is None else _shortened(c) for c in row) for row in found.cosines),
+        "sign_conflict": None if conflict.opposed is None else _shortened(conflict.opposed),
+        "sign_conflict_error": _shortened(conflict.standard_error),
+        "spectrum": _leading(compressed.spectrum.values),
+        "input_spectra": tuple(_input_spectrum(u, w) for u, w in zip(updates, module.weights, strict=True)),
+        "peak_bytes": module.peak_bytes,
     }
+
+
+def _input_spectrum(update: InputUpdate, weight: float) -> tuple[float, ...]:
+    return _leading(spectrum_of(update).values * abs(weight)) if isinstance(update, LowRankUpdate) else ()
+
+
+def _leading(values: Tensor) -> tuple[float, ...]:
+    return tuple(map(_shortened, values[:SHOWN_VALUES].tolist()))
+
+
+def _shortened(number: float) -> float:
+    """The number to six digits: what is shown of it, and half of its bytes."""
+    return float(f"{number:.6g}")

@@ -21,6 +21,7 @@ except ImportError:  # Windows has no flock: two merges into one directory are n
 __all__ = [
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "REPORT_NAME",
     "TIMINGS_NAME",
     "WORK_DIRECTORY",
     "empty_directory",
@@ -39,6 +40,7 @@ ADAPTER_FILES = (
 )
 """What ``save_pretrained`` writes. A directory that holds anything else is replaced only if a merge wrote it."""
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.json"
 TIMINGS_NAME = "timings.json"
 INDEX_NAME = "sweep.json"
 """Lists the directories that a sweep wrote."""

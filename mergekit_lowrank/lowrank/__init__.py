@@ -1,6 +1,7 @@
 """Pure low-rank algebra on tensors: no files, no recipes, no strategies."""
 
-from mergekit_lowrank.lowrank.comparison import Comparison, compare
+from mergekit_lowrank.lowrank.comparison import Comparison, compare, cosines_of
+from mergekit_lowrank.lowrank.conflict import SignConflict, sign_conflict
 from mergekit_lowrank.lowrank.decompositions import (
     JointDecomposition,
     fix_signs,
@@ -46,6 +47,7 @@ __all__ = [
     "JointDecomposition",
     "LowRankUpdate",
     "RadixSelection",
+    "SignConflict",
     "Spectrum",
     "StreamedUpdate",
     "Truncation",
@@ -56,6 +58,7 @@ __all__ = [
     "compare",
     "concatenate",
     "converted",
+    "cosines_of",
     "dense_joint_decomposition",
     "densify",
     "distance",
@@ -78,6 +81,7 @@ __all__ = [
     "padded_stacks",
     "polar_factor",
     "scratch_space",
+    "sign_conflict",
     "spectrum_of",
     "svd",
     "tucker",

@@ -23,7 +23,7 @@ from mergekit_lowrank.lowrank.products import (
 )
 from mergekit_lowrank.lowrank.updates import InputUpdate, LowRankUpdate, Update, are_low_rank
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "cosines_of"]
 
 CANCELLED = 1e-6
 """A weighted sum whose norm is below this share of Σ |c|·‖ΔW‖ has cancelled to rounding: an error relative to it means
@@ -51,6 +51,7 @@ class Comparison:
         norm: ‖M‖_F.
         norms: ‖ΔW_t‖_F.
         overlaps: <M, ΔW_t>.
+        cosines: (n, n) of ΔW_s and ΔW_t, None where one is zero; empty where the joint rank is above 256.
         relative_error: ‖M − Σ c ΔW‖ / ‖Σ c ΔW‖; None where the sum is zero or has cancelled.
         is_estimate: whether the error is that of the outputs for random inputs, ‖(M − Σ)·X‖ / ‖Σ·X‖, X Gaussian.
     """
@@ -58,6 +59,7 @@ class Comparison:
     norm: float
     norms: tuple[float, ...]
     overlaps: tuple[float, ...]
+    cosines: tuple[tuple[float | None, ...], ...]
     relative_error: float | None
     is_estimate: bool
 
@@ -80,7 +82,7 @@ def compare(
     if sum(u.rank for u in updates) > EXACT_JOINT_RANK:
         norms = tuple(norm(u) for u in updates)
         error = _probed_error(merged, updates, coefficients, norms, generator)
-        return Comparison(norm(merged), norms, tuple(overlaps(merged, updates)), error, is_estimate=True)
+        return Comparison(norm(merged), norms, tuple(overlaps(merged, updates)), (), error, is_estimate=True)
     table = _table(merged, updates, coefficients)
     return _from_table(table, _exact_error(table, merged, updates, coefficients))
 
@@ -88,7 +90,15 @@ def compare(
 def _from_table(table: Tensor, error: float | None) -> Comparison:
     """What the inner products (1 + n, 1 + n) of M and all ΔW say, beside the error."""
     whole, *norms = table.diagonal().clamp(min=0).sqrt().tolist()
-    return Comparison(whole, tuple(norms), tuple(table[0, 1:].tolist()), error, is_estimate=False)
+    cosines = cosines_of(table[1:, 1:])
+    return Comparison(whole, tuple(norms), tuple(table[0, 1:].tolist()), cosines, error, is_estimate=False)
+
+
+def cosines_of(products: Tensor) -> tuple[tuple[float | None, ...], ...]:
+    """(n, n): cosines from the inner products (n, n) of n updates; None where one of the two is zero."""
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    cosines = (products / lengths.unsqueeze(1) / lengths).clamp(-1, 1)
+    return tuple(tuple(None if math.isnan(c) else c for c in row) for row in cosines.tolist())
 
 
 def _compared_by_rows(merged: Update, updates: Sequence[InputUpdate], coefficients: Sequence[float]) -> Comparison:

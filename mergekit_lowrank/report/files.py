@@ -13,6 +13,7 @@ from mergekit_lowrank.filenames import SIDE_FILE
 from mergekit_lowrank.formats import (
     CONFIG_NAME,
     MANIFEST_NAME,
+    REPORT_NAME,
     TIMINGS_NAME,
     WORK_DIRECTORY,
     PeftFormat,
@@ -58,7 +59,7 @@ def write_texts(
     texts = {
         "README.md": model_card(outcome.plan, report, method, digests),
         "recipe.yaml": _relative_to(output, outcome.plan).to_yaml(),
-        "report.json": report.to_json(),
+        REPORT_NAME: report.to_json(),
     }
     if not outcome.plan.folds:
         texts[CONFIG_NAME] = config_text(adapter_config(outcome.plan, outcome.ranks))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of, loading_server
+from mergekit_lowrank.errors import CheckpointError
+from mergekit_lowrank.formats import REPORT_NAME, TIMINGS_NAME
 
-__all__ = ["SCHEMA_VERSION", "InputSummary", "Report", "Totals", "build_report"]
+__all__ = ["SCHEMA_VERSION", "InputSummary", "Memory", "Report", "Totals", "build_report"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class _Frozen(BaseModel):
@@ -50,6 +54,17 @@ class Totals(_Frozen):
     wall_seconds: float = Field(description="of the whole merge")
 
 
+class Memory(_Frozen):
+    """What the merge was allowed to hold, and what was held."""
+
+    allowed_bytes: int = Field(description="what it was allowed to hold beside the interpreter and torch")
+    planned_peak_bytes: int = Field(description="what its largest module holds at most")
+    process_peak_bytes: int | None = Field(
+        description="the most that the process held so far, interpreter, torch and file pages included; "
+        "null on Windows"
+    )
+
+
 class Report(_Frozen):
     """What a merge did.
 
@@ -72,6 +87,7 @@ class Report(_Frozen):
     dtype: str = Field(description="of the stored factors")
     warnings: tuple[str, ...] = Field(description="of the plan and of modules")
     modules: tuple[Mapping[str, Any], ...] = Field(description="one for each module")
+    memory: Memory = Field(description="allowed and held; in `timings.json`")
 
     @property
     def rank_text(self) -> str:
@@ -91,14 +107,57 @@ class Report(_Frozen):
         return [rank for rank in ranks if rank is not None]
 
     def to_json(self) -> str:
-        """The report as indented JSON, without times: the same bytes for every run of one merge."""
-        without = {"totals": {"wall_seconds"}, "modules": {"__all__": {"wall_seconds"}}}
+        """The report as indented JSON, without times and memory: the same bytes for every run of one merge."""
+        modules = {"__all__": {"wall_seconds", "peak_bytes"}}
+        without = {"totals": {"wall_seconds"}, "memory": True, "modules": modules}
         return self.model_dump_json(indent=1, exclude=without) + "\n"  # type: ignore[arg-type]
 
     def timings(self) -> str:
-        """How long the merge took, and each module of it, as indented JSON."""
-        modules = {module["module"]: module["wall_seconds"] for module in self.modules}
-        return json.dumps({"wall_seconds": self.totals.wall_seconds, "modules": modules}, indent=1) + "\n"
+        """How long the merge took, and each module of it, and what was held, as indented JSON."""
+        seconds = {module["module"]: module["wall_seconds"] for module in self.modules}
+        peaks = {module["module"]: module["peak_bytes"] for module in self.modules}
+        memory = {**self.memory.model_dump(), "modules": peaks}
+        data = {"wall_seconds": self.totals.wall_seconds, "modules": seconds, "memory": memory}
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Report:
+        """The report of a finished output, from its ``report.json`` and ``timings.json``.
+
+        Raises:
+            CheckpointError: one of them is missing, damaged, or of another version of this package.
+        """
+        path = Path(directory)
+        report, times = _read(path / REPORT_NAME), _read(path / TIMINGS_NAME)
+        version = report.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path / REPORT_NAME}: has schema version {version!r}, and this version of mergekit-lowrank reads "
+                f"{SCHEMA_VERSION}. Merge again, or use the version that its manifest names."
+            )
+        try:
+            report["totals"]["wall_seconds"] = times["wall_seconds"]
+            report["memory"] = {name: value for name, value in times["memory"].items() if name != "modules"}
+            for module in report["modules"]:
+                module["wall_seconds"] = times["modules"][module["module"]]
+                module["peak_bytes"] = times["memory"]["modules"][module["module"]]
+            return cls.model_validate_json(json.dumps(report))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: {REPORT_NAME} and {TIMINGS_NAME} are not of one merge: {error!r}."
+            ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent}: has no {path.name}; expected what a merge has made.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}. Merge again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}; expected a JSON object. Merge again.")
+    return found
 
 
 def build_report(
@@ -132,7 +191,22 @@ def build_report(
         dtype=str(plan.out_dtype).removeprefix("torch."),
         warnings=(*plan.warnings, *_gathered(records), *warnings),
         modules=tuple({**record.to_dict(), "written_rank": ranks.get(record.module)} for record in records),
+        memory=Memory(
+            allowed_bytes=plan.memory_bytes,
+            planned_peak_bytes=plan.overhead_bytes + plan.peak_bytes,
+            process_peak_bytes=_process_peak_bytes(),
+        ),
     )
+
+
+def _process_peak_bytes() -> int | None:
+    """The high-water mark of resident memory."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _input_summary(plan: Plan, records: Sequence[ModuleRecord], t: int) -> InputSummary:
