@@ -130,8 +130,15 @@ def test_artefacts_are_gone_on_with(tmp_path, out) -> None:
     assert files(out) == expected
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
-@pytest.mark.parametrize("rank", ["max", {"energy": 0.8}])
+@pytest.mark.parametrize(
+    ("executor", "rank"),
+    [
+        ("threads", "max"),
+        ("threads", {"energy": 0.8}),
+        ("processes", {"energy": 0.8}),
+        pytest.param("processes", "max", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_executor_may_change_meanwhile(tmp_path, out, executor, rank) -> None:
     recipe = recipe_of(tmp_path, "ties", output={"rank": rank})
     expected, _ = expected_files(recipe, out)

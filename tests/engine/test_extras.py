@@ -290,7 +290,7 @@ def test_made_in_parts_it_is_the_same_to_the_byte(tmp_path, name):
     assert (tmp_path / "parts" / own).read_bytes() == (tmp_path / "whole" / own).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["experts", "modules_to_save"])
+@pytest.mark.parametrize("name", [pytest.param("experts", marks=pytest.mark.exhaustive), "modules_to_save"])
 def test_processes_make_the_same_bytes(tmp_path, name):
     recipe = variant_recipe(tmp_path, name)
     merge(recipe, tmp_path / "threads")

@@ -95,7 +95,8 @@ def models(tmp_path: Path) -> list[dict[str, object]]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "timings.json"}
+    times = ("report.html", "timings.json")
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in times}
 
 
 def same_on_ray(recipe: dict[str, object], tmp_path: Path, registry: Registry) -> None:
@@ -115,6 +116,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 @pytest.mark.usefixtures("connected")
 class TestOnACluster:
+    @pytest.mark.exhaustive
     def test_a_survey_and_ranks_from_the_data(self, tmp_path: Path, registry: Registry, models) -> None:
         parameters = {"scope": "model", "density": 0.4}
         recipe = {"merge_method": "ties", "models": models, "parameters": parameters}
@@ -176,6 +178,7 @@ class TestOnACluster:
         assert (notes / f"at {third.node_id}").exists()
         assert same_tensors(tmp_path / "waiting", tmp_path / "calm")
 
+    @pytest.mark.exhaustive
     def test_a_job_gets_a_gpu_where_it_needs_one(self, cluster) -> None:
         jobs = [Job(n, str(n), 1) for n in range(4)]
         found = list(RayExecutor().run(faulty.PlaceWithGpu(), jobs, memory_bytes=1))
@@ -193,6 +196,7 @@ class TestOnACluster:
             merge(recipe, tmp_path / "out", registry=registry, executor="ray")
         assert not list(tmp_path.glob("*out*"))
 
+    @pytest.mark.exhaustive
     def test_a_module_that_kills_every_worker_interrupts_the_merge(
         self, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -213,6 +217,7 @@ def lose(cluster, node, notes: Path) -> None:
     (notes / "go").touch()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("unconnected")
 def test_the_cluster_of_ray_address(
     tmp_path: Path, registry: Registry, models, cluster, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +227,7 @@ def test_the_cluster_of_ray_address(
     assert not ray.is_initialized()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("unconnected")
 def test_without_a_cluster_one_is_started_and_ended(
     tmp_path: Path, registry: Registry, models, monkeypatch: pytest.MonkeyPatch
