@@ -26,7 +26,7 @@ from mergekit_lowrank.lowrank import (
     compare,
     scratch_space,
     sign_conflict,
-    spectrum_of,
+    singular_values,
 )
 from mergekit_lowrank.policies import Compressed, Scaling, retained
 from mergekit_lowrank.registry import BUILT_IN
@@ -421,13 +421,19 @@ def _record(
         "sign_conflict": None if conflict.opposed is None else _shortened(conflict.opposed),
         "sign_conflict_error": _shortened(conflict.standard_error),
         "spectrum": _leading(compressed.spectrum.values),
-        "input_spectra": tuple(_input_spectrum(u, w) for u, w in zip(updates, module.weights, strict=True)),
+        "input_spectra": _input_spectra(updates, module.weights),
         "peak_bytes": module.peak_bytes,
     }
 
 
-def _input_spectrum(update: InputUpdate, weight: float) -> tuple[float, ...]:
-    return _leading(spectrum_of(update).values * abs(weight)) if isinstance(update, LowRankUpdate) else ()
+def _input_spectra(updates: Sequence[InputUpdate], weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+    """|w|·σ of each input; empty of dense ones."""
+    factored = [update for update in updates if isinstance(update, LowRankUpdate)]
+    found = iter(singular_values(factored) if factored else ())
+    spectra = [
+        next(found) * abs(w) if isinstance(u, LowRankUpdate) else None for u, w in zip(updates, weights, strict=True)
+    ]
+    return tuple(() if values is None else _leading(values) for values in spectra)
 
 
 def _leading(values: Tensor) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ from mergekit_lowrank.lowrank.products import (
 from mergekit_lowrank.lowrank.scratch import empty, scratch_space
 from mergekit_lowrank.lowrank.selection import RadixSelection, kth_magnitudes, order_statistics
 from mergekit_lowrank.lowrank.structured import hadamard, kronecker, tucker
-from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, spectrum_of
+from mergekit_lowrank.lowrank.truncation import Spectrum, Truncation, canonical, factorise, singular_values, spectrum_of
 from mergekit_lowrank.lowrank.updates import (
     DenseUpdate,
     InputUpdate,
@@ -82,6 +82,7 @@ __all__ = [
     "polar_factor",
     "scratch_space",
     "sign_conflict",
+    "singular_values",
     "spectrum_of",
     "svd",
     "tucker",

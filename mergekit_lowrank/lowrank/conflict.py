@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from mergekit_lowrank.lowrank.decompositions import in_double
-from mergekit_lowrank.lowrank.updates import InputUpdate, LowRankUpdate
+from mergekit_lowrank.lowrank.updates import InputUpdate, LowRankUpdate, are_low_rank
 
 __all__ = ["SignConflict", "sign_conflict"]
 
 EXACT_ENTRIES = 1 << 14
 """Modules of up to this many entries are looked at whole: a few copies of them are small beside any merge."""
-ROWS = 64
-COLUMNS = 64
-"""Of larger ones this many random columns in each of that many random rows: a share is known within 0.01 or so."""
+GROUPS = 64
+"""Of larger modules 4,096 entries are looked at, in this many groups: a share is known within 0.01 or so."""
+LOW_RANK_GROUP = (8, 8)
+"""Random rows and columns of a group: their entries come from 512 rows of the factors."""
+DENSE_GROUP = (1, 64)
+"""The same where an update is dense, so that few of its rows are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class SignConflict:
 
 
 def sign_conflict(updates: Sequence[InputUpdate], weights: Sequence[float], generator: torch.Generator) -> SignConflict:
-    """Opposed signs of the entries of n updates, all of them or 64 random columns in each of 64 random rows.
+    """Opposed signs of the entries of n updates, all of them or 4,096 in 64 random groups.
 
     Args:
         updates: ΔW_t of one module.
@@ -76,25 +79,27 @@ def _all(updates: Sequence[InputUpdate]) -> Tensor:
 
 
 def _sampled(updates: Sequence[InputUpdate], generator: torch.Generator) -> Tensor:
-    """(n, rows, columns) float64, on the CPU: the same entries of each update."""
+    """(n, groups, entries) float64, on the CPU: the same entries of each update."""
     d_out, d_in = updates[0].shape
-    rows = torch.randperm(d_out, generator=generator)[:ROWS].sort().values
-    columns = torch.randint(d_in, (len(rows), COLUMNS), generator=generator)
-    return torch.stack([_entries(update, rows, columns) for update in updates])
+    row_count, column_count = LOW_RANK_GROUP if are_low_rank(updates) else DENSE_GROUP
+    rows = torch.randint(d_out, (GROUPS, row_count), generator=generator)
+    columns = torch.randint(d_in, (GROUPS, column_count), generator=generator)
+    return torch.stack([_entries(update, rows, columns).double().cpu().flatten(1) for update in updates])
 
 
 def _entries(update: InputUpdate, rows: Tensor, columns: Tensor) -> Tensor:
-    """(m, c) float64, on the CPU: the entries at rows (m,) and in each of them at columns (m, c)."""
+    """(g, p, q): in each of g groups the entries at rows (g, p) and columns (g, q)."""
     if isinstance(update, LowRankUpdate):
-        b = in_double(update.b[rows.to(update.b.device)]).cpu()
-        a = in_double(update.a[:, columns.flatten().to(update.a.device)]).cpu().unflatten(1, columns.shape)
-        return torch.einsum("mr,rmc->mc", b, a) * update.scaling
-    read = torch.cat([in_double(update.rows(slice(row, row + 1))).cpu() for row in rows.tolist()])
-    return read.gather(1, columns)
+        b = update.b[rows.to(update.b.device)]
+        a = update.a[:, columns.flatten().to(update.a.device)].unflatten(1, columns.shape)
+        return b @ a.transpose(0, 1) * update.scaling
+    read = {row: update.rows(slice(row, row + 1))[0].cpu() for row in sorted(set(rows.flatten().tolist()))}
+    own = torch.stack([read[row] for row in rows.flatten().tolist()]).unflatten(0, rows.shape)
+    return own.gather(2, columns.unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 
 def _ratio(parts: Tensor, wholes: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ parts / Σ wholes over the rows (…, m), and its standard error as rows were drawn at random.
+    """Σ parts / Σ wholes over m groups (…, m), and its standard error as groups were drawn at random.
 
     Source: the ratio estimator; Cochran 1977, Sampling Techniques, section 6.4.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from mergekit_lowrank.lowrank.krylov import frobenius_energy, krylov_space
 from mergekit_lowrank.lowrank.scratch import empty
 from mergekit_lowrank.lowrank.updates import DenseUpdate, LowRankUpdate, Update, densify
 
-__all__ = ["Spectrum", "Truncation", "canonical", "factorise", "spectrum_of"]
+__all__ = ["Spectrum", "Truncation", "canonical", "factorise", "singular_values", "spectrum_of"]
 
 EXACT_SIDE = 768
 """Dense deltas whose smaller side is at most this are decomposed exactly: it costs a few tenths of a second."""
@@ -162,6 +162,28 @@ def spectrum_of(update: LowRankUpdate) -> Spectrum:
     """The singular values of a low-rank update, from its core; no vectors."""
     r_b, r_a = thin_basis(update.b).factor, thin_basis(update.a.T).factor
     return _whole_spectrum(drivers.svdvals((r_b @ r_a.T * update.scaling).cpu()), update)
+
+
+def singular_values(updates: Sequence[LowRankUpdate]) -> list[Tensor]:
+    """(r_t,) float64 of each of n updates, descending, on the CPU: to look at, in a third of the time of spectra.
+
+    σ² are eigenvalues of products of Gram matrices in the type of the factors, so what is below the square root of its
+    ε (3e-4 for float32) of the largest is rounding. The eigenvalues of all updates are found together.
+    """
+    left, right = _grams([u.b for u in updates]), _grams([u.a.T for u in updates])
+    energies, vectors = torch.linalg.eigh(left)
+    roots = (vectors * energies.clamp(min=0).sqrt().unsqueeze(1)).transpose(1, 2)
+    squares = torch.linalg.eigvalsh(roots @ right @ roots.transpose(1, 2)).clamp(min=0).flip(1)
+    return [own[: u.rank].sqrt() * abs(u.scaling) for own, u in zip(squares, updates, strict=True)]
+
+
+def _grams(factors: Sequence[Tensor]) -> Tensor:
+    """(n, r_max, r_max) float64, on the CPU: the inner products of the columns of each (d, r_t); zero beyond r_t."""
+    largest = max(factor.shape[1] for factor in factors)
+    total = torch.zeros(len(factors), largest, largest, dtype=torch.float64)
+    for own, factor in zip(total, factors, strict=True):
+        own[: factor.shape[1], : factor.shape[1]] = factor.T @ factor
+    return total
 
 
 def _factorise_dense(delta: Tensor) -> Truncation:

@@ -21,6 +21,7 @@ from mergekit_lowrank.lowrank import (
     factorise,
     norm,
     scratch_space,
+    singular_values,
     spectrum_of,
 )
 from mergekit_lowrank.lowrank import truncation as truncation_module
@@ -430,3 +431,24 @@ def test_a_streamed_update_is_factorised_as_the_dense_one(side: int) -> None:
     streamed, dense = (factorise(u, 4, generator()).cut(4) for u in (StreamedUpdate.of(delta), DenseUpdate(delta)))
     assert torch.equal(streamed.b, dense.b)
     assert torch.equal(streamed.a, dense.a)
+
+
+class TestSingularValuesOfSeveral:
+    def test_they_are_those_of_each(self) -> None:
+        source = torch.Generator().manual_seed(0)
+        updates = [
+            LowRankUpdate(
+                torch.randn(9000, rank, generator=source, dtype=torch.float64),
+                torch.randn(rank, 40, generator=source, dtype=torch.float64),
+                scaling,
+            )
+            for rank, scaling in ((3, 1.0), (5, -0.5), (1, 2.0))
+        ]
+        for found, update in zip(singular_values(updates), updates, strict=True):
+            torch.testing.assert_close(found, torch.linalg.svdvals(update.b @ update.a * update.scaling)[: update.rank])
+
+    def test_repeated_and_zero_directions(self) -> None:
+        b = torch.tensor([[3.0, 3.0, 0.0], [4.0, 4.0, 0.0]])
+        a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 7.0]])
+        (found,) = singular_values([LowRankUpdate(b, a)])
+        assert found.tolist() == pytest.approx([10.0, 0.0, 0.0], abs=1e-6)
