@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mergekit_lowrank._version import __version__
 
 if TYPE_CHECKING:
-    from mergekit_lowrank.api import MergedAdapter, finalize, merge, plan, plan_variants
+    from mergekit_lowrank.api import MergedAdapter, finalize, merge, plan, plan_variants, verify
+    from mergekit_lowrank.diagnostics import Diagnosis, Finding, ModuleDiagnosis, diagnose
     from mergekit_lowrank.engine import Plan
     from mergekit_lowrank.errors import (
         CheckpointError,
@@ -32,14 +33,27 @@ if TYPE_CHECKING:
         RecipeError,
         StrategyError,
     )
-    from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, ModuleMerged, Notice, Reporter, SurveyRound
+    from mergekit_lowrank.evaluation import Evaluation, evaluate
+    from mergekit_lowrank.events import (
+        Event,
+        MergeFailed,
+        MergeFinished,
+        MergeResumed,
+        MergeStarted,
+        ModuleMerged,
+        Notice,
+        Reporter,
+        SurveyRound,
+    )
     from mergekit_lowrank.executors import Executor, Job, Work
     from mergekit_lowrank.formats import Adapter, Checkpoint, Format, ModuleHeader
     from mergekit_lowrank.hookspecs import hookimpl
+    from mergekit_lowrank.inspection import AdapterInfo, inspect
     from mergekit_lowrank.lowrank import DenseUpdate, InputUpdate, LowRankUpdate, StreamedUpdate, Update
+    from mergekit_lowrank.progress import ProgressBar
     from mergekit_lowrank.recipe import Recipe, load_recipe
     from mergekit_lowrank.registry import Registry
-    from mergekit_lowrank.report import Report
+    from mergekit_lowrank.report import MergeComparison, Report, compare_merges
     from mergekit_lowrank.spaces import Coordinates, ModuleShape, Part, Space, SpaceParams
     from mergekit_lowrank.strategies import (
         ElementwiseStrategy,
@@ -51,18 +65,23 @@ if TYPE_CHECKING:
         per_input,
     )
     from mergekit_lowrank.transforms import ConversionReport, convert, extract, resize
+    from mergekit_lowrank.verification import Verification
 
 __all__ = [
     "Adapter",
+    "AdapterInfo",
     "Checkpoint",
     "CheckpointError",
     "ConversionReport",
     "Coordinates",
     "DenseUpdate",
+    "Diagnosis",
     "DiskError",
     "ElementwiseStrategy",
+    "Evaluation",
     "Event",
     "Executor",
+    "Finding",
     "Format",
     "IncompatibleInputsError",
     "InputUpdate",
@@ -70,11 +89,15 @@ __all__ = [
     "Job",
     "LowRankUpdate",
     "MemoryBudgetError",
+    "MergeComparison",
     "MergeContext",
     "MergeError",
+    "MergeFailed",
     "MergeFinished",
+    "MergeResumed",
     "MergeStarted",
     "MergedAdapter",
+    "ModuleDiagnosis",
     "ModuleHeader",
     "ModuleMerged",
     "ModuleShape",
@@ -85,6 +108,7 @@ __all__ = [
     "Plan",
     "PluginError",
     "Preset",
+    "ProgressBar",
     "Recipe",
     "RecipeError",
     "Registry",
@@ -98,22 +122,29 @@ __all__ = [
     "Survey",
     "SurveyRound",
     "Update",
+    "Verification",
     "Work",
     "__version__",
+    "compare_merges",
     "convert",
+    "diagnose",
+    "evaluate",
     "extract",
     "finalize",
     "hookimpl",
+    "inspect",
     "load_recipe",
     "merge",
     "per_input",
     "plan",
     "plan_variants",
     "resize",
+    "verify",
 ]
 
 _ROOMS = {
-    "api": ("MergedAdapter", "finalize", "merge", "plan", "plan_variants"),
+    "api": ("MergedAdapter", "finalize", "merge", "plan", "plan_variants", "verify"),
+    "diagnostics": ("Diagnosis", "Finding", "ModuleDiagnosis", "diagnose"),
     "engine": ("Plan",),
     "errors": (
         "CheckpointError",
@@ -127,17 +158,31 @@ _ROOMS = {
         "RecipeError",
         "StrategyError",
     ),
-    "events": ("Event", "MergeFinished", "MergeStarted", "ModuleMerged", "Notice", "Reporter", "SurveyRound"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "events": (
+        "Event",
+        "MergeFailed",
+        "MergeFinished",
+        "MergeResumed",
+        "MergeStarted",
+        "ModuleMerged",
+        "Notice",
+        "Reporter",
+        "SurveyRound",
+    ),
     "executors": ("Executor", "Job", "Work"),
     "formats": ("Adapter", "Checkpoint", "Format", "ModuleHeader"),
     "hookspecs": ("hookimpl",),
+    "inspection": ("AdapterInfo", "inspect"),
     "lowrank": ("DenseUpdate", "InputUpdate", "LowRankUpdate", "StreamedUpdate", "Update"),
+    "progress": ("ProgressBar",),
     "recipe": ("Recipe", "load_recipe"),
     "registry": ("Registry",),
-    "report": ("Report",),
+    "report": ("MergeComparison", "Report", "compare_merges"),
     "spaces": ("Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"),
     "strategies": ("ElementwiseStrategy", "MergeContext", "Params", "Preset", "Strategy", "Survey", "per_input"),
     "transforms": ("ConversionReport", "convert", "extract", "resize"),
+    "verification": ("Verification",),
 }
 
 

@@ -19,15 +19,22 @@ from mergekit_lowrank.engine import (
     select_devices,
 )
 from mergekit_lowrank.errors import MergeError, OutputError
-from mergekit_lowrank.events import MergeFinished, Reporter
+from mergekit_lowrank.events import Reporter
 from mergekit_lowrank.formats import Checkpoint, empty_directory, new_directory, partial_path
 from mergekit_lowrank.recipe import Outlines, parse_recipe
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report import Report
 from mergekit_lowrank.requests import RecipeLike, as_recipe, executor_of, plans_of, refuse_below_one
-from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, write_index
+from mergekit_lowrank.runs import Followers, MergedAdapter, Run, assemble, finished_event, prove, write_index
+from mergekit_lowrank.verification import Means, Verification, verification_of
 
-__all__ = ["MergedAdapter", "RecipeLike", "finalize", "merge", "plan", "plan_variants"]
+__all__ = ["MergedAdapter", "RecipeLike", "finalize", "merge", "plan", "plan_variants", "verify"]
+
+NEEDS_FILES = {
+    "shard": "where the processes that merge the other parts cannot read it",
+    "verify": "and nothing would be left of it to verify the output with",
+}
+"""Why an input in memory does not go with an option."""
 
 
 def plan(
@@ -101,6 +108,7 @@ class MergeOptions(TypedDict, total=False):
     resume: bool
     shard: tuple[int, int] | None
     hash_sources: bool
+    verify: bool
     strict: bool
     reporters: Sequence[Reporter]
 
@@ -123,6 +131,7 @@ def merge(
     resume: bool = True,
     shard: tuple[int, int] | None = None,
     hash_sources: bool = True,
+    verify: bool = False,
     strict: bool = False,
     reporters: Sequence[Reporter] = (),
 ) -> MergedAdapter | Report | dict[str, Report]:
@@ -144,6 +153,7 @@ def merge(
         resume: whether to go on with what an earlier merge of the same recipe had finished when it was cut off.
         shard: (i, n) to merge the i-th of n parts, for ``finalize`` to put together.
         hash_sources: whether the manifest holds the SHA-256 of every source file.
+        verify: whether the output is verified before it is put in place, which merges a second time.
         strict: whether a warning is an error.
         reporters: followers of the merge, beside those of plugins.
 
@@ -162,21 +172,28 @@ def merge(
     devices = select_devices(device or whole.execution.device or "auto")
     vram = vram_bytes or whole.execution.vram_bytes
     run = Run(plans, registry, scheduler, devices, vram, followers, strict, start)
-    with closing(followers), closing(scheduler):
+    with followers, closing(scheduler):
         if output is None:
             if shard is not None:
                 raise OutputError("a shard is a part of an output directory, and none is named; name the same for all")
+            if verify:
+                raise OutputError("what is verified are the files of an output directory, and none is named; name one")
             return run.into_memory()
         for made in plans.values():
             _check_output(Path(output), made)
+        if shard is not None and verify:
+            raise OutputError("a part of an output cannot be verified; finalize the parts with verify")
         if shard is not None:
-            _refuse_memory_inputs(plans)
+            _refuse_memory_inputs(plans, "shard")
+        if verify:
+            _refuse_memory_inputs(plans, "verify")
         reports = run.into_directory(
             Path(output),
             overwrite=overwrite,
             resume=resume,
             shard=None if shard is None else _shard(*shard),
             hash_sources=hash_sources,
+            verify=verify,
         )
     return reports[""] if list(reports) == [""] else reports
 
@@ -186,6 +203,7 @@ def finalize(
     *,
     registry: Registry | None = None,
     overwrite: bool = False,
+    verify: bool = False,
     reporters: Sequence[Reporter] = (),
 ) -> Report | dict[str, Report]:
     """Put together the parts of a merge that ``merge(..., shard=(i, n))`` made, all of them checked first.
@@ -194,6 +212,7 @@ def finalize(
         output: the directory that was given there.
         registry: what the parts were merged with.
         overwrite: whether what a merge left at ``output`` may be replaced.
+        verify: whether the output is verified before it is put in place, which merges all of it again.
         reporters: followers, beside those of plugins.
 
     Returns:
@@ -206,31 +225,72 @@ def finalize(
     followers = Followers([*reporters, *(cls() for cls in registry.reporters.values())])
     if not partial_path(output.resolve()).is_dir():
         raise OutputError(f"{output}: has no parts. Make them with merge --shard 0/N to N-1/N.")
-    with (
-        closing(followers),
-        new_directory(output, overwrite=overwrite, resumes=True, keeps=lambda _: "") as partial,
-    ):
-        names = names_of_variants(partial)
-        reports = {}
-        for name in names:
-            parts = Parts(partial / name)
-            recipe = parse_recipe(parts.origin.recipe, name="recipe", directory=Path(parts.origin.directory))
-            (made,) = plans_of(recipe, registry, 1, sys.maxsize, strict=False).values()  # nothing is merged
-            reports[name] = assemble(parts, made, partial / name, output / name, registry, start)
-        if reports.keys() != {""}:
-            empty_directory(partial, but=names)
-        write_index(partial, reports)
-        followers.tell(MergeFinished(str(output), time.perf_counter() - start))
+    with followers:
+        with new_directory(output, overwrite=overwrite, resumes=True, keeps=lambda _: "") as partial:
+            names = names_of_variants(partial)
+            reports = {}
+            for name in names:
+                parts = Parts(partial / name)
+                recipe = parse_recipe(parts.origin.recipe, name="recipe", directory=Path(parts.origin.directory))
+                (made,) = plans_of(recipe, registry, 1, sys.maxsize, strict=False).values()  # nothing is merged
+                reports[name] = assemble(parts, made, partial / name, output / name, registry, start)
+            if reports.keys() != {""}:
+                empty_directory(partial, but=names)
+            write_index(partial, reports)
+            if verify:
+                scheduler = registry.executor("threads")()
+                prove(partial, output, Means(registry, scheduler, select_devices("auto"), None, None, followers.tell))
+        followers.tell(finished_event(output, time.perf_counter() - start, reports))
     return reports[""] if list(reports) == [""] else reports
 
 
-def _refuse_memory_inputs(plans: Mapping[str, Plan]) -> None:
+def verify(
+    output: str | Path,
+    *,
+    recompute: bool = True,
+    registry: Registry | None = None,
+    memory_bytes: int | None = None,
+    device: str | None = None,
+    executor: str | None = None,
+    workers: int | None = None,
+    reporters: Sequence[Reporter] = (),
+) -> Verification:
+    """What an output, its manifest and its inputs prove of each other. Nothing is written.
+
+    Hashes of both, structure, finite values, lost updates and scaling; then the recipe that lies in the output is
+    merged again, a module at a time, and compared with what is stored.
+
+    Args:
+        output: what ``merge``, ``resize`` or ``extract`` has made.
+        recompute: whether to merge again; without it inputs that are not there are no fault.
+        registry: what it was merged with; by default the built-ins and every installed plugin.
+        memory_bytes: what may be held beside the interpreter and torch; by default a quarter of the machine's memory.
+        device: as for ``merge``.
+        executor: as for ``merge``.
+        workers: as for ``merge``.
+        reporters: followers; those of plugins follow merges only.
+
+    Returns:
+        All that was checked and every fault; ``is_ok`` where there is none.
+
+    Raises:
+        CheckpointError: it is not the output of a merge.
+    """
+    registry = registry or Registry.load()
+    refuse_below_one(memory_bytes=memory_bytes, workers=workers)
+    devices, scheduler = select_devices(device or "auto"), registry.executor(executor or "threads")(workers)
+    with Followers(reporters) as followers, closing(scheduler):
+        means = Means(registry, scheduler, devices, memory_bytes, None, followers.tell)
+        return verification_of(Path(output), str(output), means, recomputes=recompute)
+
+
+def _refuse_memory_inputs(plans: Mapping[str, Plan], option: str) -> None:
     for made in plans.values():
         for checkpoint in made.inputs:
             if not checkpoint.files:
                 raise OutputError(
-                    f"'{checkpoint.label}' is in memory, where the processes that merge the other parts cannot read "
-                    "it; save it to a directory and name that, or merge without shard"
+                    f"'{checkpoint.label}' is in memory, {NEEDS_FILES[option]}; save it to a directory and name that, "
+                    f"or merge without {option}"
                 )
 
 

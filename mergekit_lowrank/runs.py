@@ -22,6 +22,7 @@ from mergekit_lowrank.engine import (
     Shard,
     Unfinished,
     adapter_config,
+    count_modules,
     dialect_of,
     drop_others,
     finish,
@@ -32,8 +33,8 @@ from mergekit_lowrank.engine import (
     run_plans,
     with_ranks,
 )
-from mergekit_lowrank.errors import OutputError
-from mergekit_lowrank.events import Event, MergeFinished, MergeStarted, Notice, Reporter
+from mergekit_lowrank.errors import OutputError, raise_together
+from mergekit_lowrank.events import Event, MergeFailed, MergeFinished, MergeStarted, Notice, Reporter
 from mergekit_lowrank.executors import Executor
 from mergekit_lowrank.filenames import SIDE_FILE
 from mergekit_lowrank.formats import (
@@ -58,8 +59,9 @@ from mergekit_lowrank.report import (
     write_texts,
 )
 from mergekit_lowrank.requests import refuse_warnings, writer_of
+from mergekit_lowrank.verification import Means, verification_of
 
-__all__ = ["Followers", "MergedAdapter", "Run", "assemble", "write_index"]
+__all__ = ["Followers", "MergedAdapter", "Run", "assemble", "finished_event", "prove", "write_index"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,15 +125,15 @@ class Run:
 
         (outcome,) = self._merged([Destination(open_memory)], None)
         report = self._report(outcome)
-        self._followers.tell(MergeFinished(None, self._seconds()))
+        self._followers.tell(finished_event(None, self._seconds(), {"": report}))
         return MergedAdapter(
             sinks[0].state_dict, adapter_config(outcome.plan, outcome.ranks), report, sinks[0].artefacts
         )
 
     def into_directory(
-        self, output: Path, *, overwrite: bool, resume: bool, shard: Shard | None, hash_sources: bool
+        self, output: Path, *, overwrite: bool, resume: bool, shard: Shard | None, hash_sources: bool, verify: bool
     ) -> dict[str, Report]:
-        """The reports by variant, once the directory is complete; or once this process's part of it is."""
+        """The reports by variant, once the directory is complete, and verified if asked; or this process's part is."""
 
         def advice(error: BaseException) -> str | None:
             return keeps(partial_path(output.resolve()), error)
@@ -150,7 +152,9 @@ class Run:
                 self._unfinished(partial / name, name, resume, shard, hash_sources=hash_sources) for name in self._plans
             ]
             reports = self._filled(partial, output, unfinished, shard, hash_sources=hash_sources)
-        self._followers.tell(MergeFinished(str(output), self._seconds()))
+            if verify:
+                prove(partial, output, self._means())
+        self._followers.tell(finished_event(output, self._seconds(), reports))
         return reports
 
     def _unfinished(
@@ -168,6 +172,12 @@ class Run:
             resumes=resume,
             digest=sha256_of,
             notify=self._notify,
+        )
+
+    def _means(self) -> Means:
+        memory_bytes = next(iter(self._plans.values())).memory_bytes
+        return Means(
+            self._registry, self._executor, self._devices, memory_bytes, self._vram_bytes, self._followers.tell
         )
 
     def _notify(self, message: str) -> None:
@@ -202,7 +212,7 @@ class Run:
 
     def _merged(self, destinations: Sequence[Destination], shard: Shard | None) -> list[Outcome]:
         tell, plans = self._followers.tell, [*self._plans.values()]
-        tell(MergeStarted(len(plans[0].modules) * len(plans), plans[0].bytes_read))
+        tell(_started_event(plans, shard))
         return run_plans(
             plans,
             destinations,
@@ -211,6 +221,7 @@ class Run:
             vram_bytes=self._vram_bytes,
             shard=shard,
             tell=tell,
+            names=[*self._plans],
         )
 
     def _report(self, outcome: Outcome) -> Report:
@@ -227,6 +238,43 @@ class Run:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._start
+
+
+def _started_event(plans: Sequence[Plan], shard: Shard | None) -> MergeStarted:
+    first = plans[0]
+    return MergeStarted(
+        count_modules(plans, shard),
+        first.bytes_read,
+        ", ".join(dict.fromkeys(plan.recipe.merge_method for plan in plans)),
+        tuple(checkpoint.label for checkpoint in first.inputs),
+        first.recipe.model_dump(mode="json", exclude_none=True),
+    )
+
+
+def finished_event(location: Path | None, wall_seconds: float, reports: Mapping[str, Report]) -> MergeFinished:
+    """What is told of a merge that ended well, with the totals of its reports."""
+    totals = {name: report.totals.model_dump() for name, report in reports.items()}
+    warnings = dict.fromkeys(warning for report in reports.values() for warning in report.warnings)
+    place = None if location is None else str(location)
+    return MergeFinished(place, wall_seconds, totals[""] if [*totals] == [""] else totals, tuple(warnings))
+
+
+def prove(directory: Path, output: Path, means: Means) -> None:
+    """Verify an output before it is put in its place.
+
+    Args:
+        directory: where it is complete.
+        output: where it will lie.
+        means: what may be used.
+
+    Raises:
+        OutputError: every fault.
+    """
+    found = verification_of(directory, str(output), means, recomputes=True)
+    raise_together(
+        [OutputError(f"{output} does not verify, and is not put in place: {fault}") for fault in found.faults]
+    )
+    means.tell(Notice(f"verified: {found.summary}"))
 
 
 def assemble(parts: Parts, made: Plan, directory: Path, output: Path, registry: Registry, start: float) -> Report:
@@ -282,6 +330,16 @@ class Followers:
     def tell(self, event: Event) -> None:
         """Hand an event to every reporter."""
         self._each(lambda reporter: reporter.handle(event))
+
+    def __enter__(self) -> Followers:
+        """Follow what happens within."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Tell of an error, and close the reporters: the merge ended, well or not."""
+        if error is not None:
+            self.tell(MergeFailed(str(error) or type(error).__name__))
+        self.close()
 
     def close(self) -> None:
         """The merge ended, well or not."""

@@ -19,6 +19,7 @@ ROOMS = (
     "strategies",
     "formats",
     "events",
+    "progress",
     "executors",
     "hookspecs",
     "registry",

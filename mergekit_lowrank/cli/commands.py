@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import click
 
 from mergekit_lowrank._version import __version__
-from mergekit_lowrank.cli.group import CommandLine, Verbosity, verbosity_options
+from mergekit_lowrank.cli.group import CommandLine, Verbosity, log_option, verbosity_options
 from mergekit_lowrank.cli.request import MergeCommand, Request, Shard, split_output
 
 __all__ = ["main"]
 
 PROGRAM = "mergekit-lowrank"
 SHELLS = ("bash", "zsh", "fish")
+SCHEMAS = ("recipe", "report", "comparison", "diagnosis", "verification", "manifest", "evaluation")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -139,11 +140,13 @@ def main(ctx: click.Context) -> None:
     "--device", metavar="NAME", help="auto, cpu, cuda (all GPUs), cuda:1, ... or mps. [the recipe's; else auto]"
 )
 @click.option("--no-hash", is_flag=True, help="Leave the checksums of the inputs out of the manifest.")
+@click.option("--verify", is_flag=True, help="Merge twice and compare; what does not verify is not put in place.")
 @click.option(
     "--push",
     metavar="ORG/NAME",
     help="Upload OUT to the Hugging Face Hub, once it is complete; what is made there is private.",
 )
+@log_option
 @verbosity_options
 @click.pass_obj
 def merge(
@@ -162,19 +165,21 @@ def merge(
     request = Request(names, method, weights, overrides)
     from mergekit_lowrank.cli.merging import run_merge
 
-    run_merge(request, directory, hash_sources=not no_hash, quiet=verbosity.quiet, **settings)
+    run_merge(request, directory, hash_sources=not no_hash, verbosity=verbosity, **settings)
 
 
 @main.command(epilog=example("mergekit-lowrank finalize merged/"))
 @click.argument("output", metavar="OUT")
 @click.option("--overwrite", is_flag=True, help="Replace what a merge has left at OUT.")
+@click.option("--verify", is_flag=True, help="Merge again and compare; what does not verify is not put in place.")
+@log_option
 @verbosity_options
 @click.pass_obj
-def finalize(verbosity: Verbosity, /, output: str, overwrite: bool) -> None:
+def finalize(verbosity: Verbosity, /, output: str, **settings: Any) -> None:
     """Put together what merge --shard has made. All parts are checked first."""
     from mergekit_lowrank.cli.merging import run_finalize
 
-    run_finalize(Path(output), overwrite=overwrite, quiet=verbosity.quiet)
+    run_finalize(Path(output), verbosity=verbosity, **settings)
 
 
 @main.command(
@@ -198,6 +203,39 @@ def plan(
     from mergekit_lowrank.cli.planning import run_plan
 
     run_plan(request, **settings)
+
+
+@main.command(
+    epilog=example("mergekit-lowrank diagnose recipe.yaml --html diagnosis.html"),
+    cls=MergeCommand,
+    options_metavar="RECIPE | --method NAME MODEL...  [OPTIONS]",
+)
+@recipe_options
+@click.option(
+    "--device", metavar="NAME", help="auto, cpu, cuda (all GPUs), cuda:1, ... or mps. [the recipe's; else auto]"
+)
+@json_option
+@click.option("--html", metavar="FILE", help="Write a page too.")
+@log_option
+@verbosity_options
+@click.pass_obj
+def diagnose(
+    verbosity: Verbosity,
+    /,
+    names: tuple[str, ...],
+    method: str | None,
+    weights: tuple[float, ...],
+    overrides: tuple[str, ...],
+    **settings: Any,
+) -> None:
+    """Show how the inputs stand to each other. Norms, overlaps, conflicts, and what to do; nothing is written.
+
+    Each finding, and the formula of each measure, is in docs/reference/findings.md.
+    """
+    request = Request(names, method, weights, overrides)
+    from mergekit_lowrank.cli.diagnosing import run_diagnose
+
+    run_diagnose(request, reporters=verbosity.reporters(), **settings)
 
 
 @main.command(epilog=example("mergekit-lowrank init adapters/math adapters/code > recipe.yaml"))
@@ -294,6 +332,63 @@ def check(adapter: str, target: str | None, as_json: bool) -> None:
     run_check(adapter, target, as_json=as_json)
 
 
+@main.command(epilog=example("mergekit-lowrank verify merged/"))
+@click.argument("output", metavar="OUT")
+@click.option(
+    "--recompute/--no-recompute",
+    default=True,
+    show_default=True,
+    help="Merge again and compare. Without it hashes and structure are checked, and inputs may be gone.",
+)
+@click.option("--memory", metavar="SIZE", help="What it may hold, as in 2GiB. [a quarter of the machine]")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda (all GPUs), cuda:1, ... or mps. [auto]")
+@click.option("--executor", metavar="NAME", help="As of merge. [threads]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Modules merged at once. [one for each processor]",
+)
+@json_option
+@log_option
+@verbosity_options
+@click.pass_obj
+def verify(verbosity: Verbosity, /, output: str, **settings: Any) -> None:
+    """Prove an output. Hashes, structure, and the same merge again; exit status 2 if there is a fault."""
+    from mergekit_lowrank.cli.verifying import run_verify
+
+    run_verify(output, reporters=verbosity.reporters(), **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank evaluate merged/ --tasks tasks.yaml -o results.json"))
+@click.argument("target", metavar="RECIPE_OR_DIR")
+@click.option("--tasks", required=True, metavar="FILE", help="What to judge by: tasks and their evaluators.")
+@click.option("--against", metavar="DIR", help="The output of another merge, to compare with example by example.")
+@click.option("--keep", metavar="OUT", help="Leave the merge of RECIPE there. [it is deleted]")
+@click.option(
+    "-o", "--output", metavar="FILE", help="Results as JSON, from the first run on; runs that it has are not repeated."
+)
+@click.option(
+    "--resamples", type=click.IntRange(min=1), default=10_000, show_default=True, metavar="N", help="Of the bootstrap."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of its draws.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="What one command may take. [what FILE says]",
+)
+@json_option
+@log_option
+@verbosity_options
+@click.pass_obj
+def evaluate(verbosity: Verbosity, /, target: str, tasks: str, **settings: Any) -> None:
+    """Judge base, experts and merge. Any evaluator; intervals say which differences are more than noise."""
+    from mergekit_lowrank.cli.evaluating import run_evaluate
+
+    run_evaluate(target, tasks, reporters=verbosity.reporters(), **settings)
+
+
 @main.command(epilog=example("mergekit-lowrank strategies ties"))
 @click.argument("name", required=False)
 @json_option
@@ -315,15 +410,42 @@ def plugins(as_json: bool) -> None:
     run_plugins(as_json=as_json)
 
 
-@main.command(epilog=example("mergekit-lowrank schema > recipe.schema.json"))
+@main.command(
+    epilog=example(
+        "mergekit-lowrank report merged/ --interactive --png figures/",
+        "mergekit-lowrank report merged-a/ merged-b/ -o comparison.html",
+    ),
+    options_metavar="OUT | A B  [OPTIONS]",
+)
+@click.argument("outputs", nargs=-1, required=True, metavar="")
+@click.option("-o", "--output", "page", metavar="FILE", help="The page to write. [OUT/report.html; of A and B none]")
+@click.option("--interactive", is_flag=True, help="Draw with Plotly, inside the page: zoom, and lines to switch off.")
+@click.option("--png", metavar="DIR", help="Write each figure as a PNG file too.")
+@click.option("--pdf", metavar="DIR", help="Write each figure as a PDF file too.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE, and images in DIR.")
+@json_option
 @verbosity_options
-def schema() -> None:
-    """Print the JSON Schema of recipes."""
-    import json
+@click.pass_obj
+def report(verbosity: Verbosity, /, outputs: tuple[str, ...], **settings: Any) -> None:
+    """Make the page of a merge again, or compare two merges. What they did, as figures for a page or a paper.
 
-    from mergekit_lowrank.recipe import recipe_schema
+    Of A and B: what their recipes say differently, and how far the updates are apart, exactly, from the factors.
+    """
+    if len(outputs) > 2:
+        raise click.UsageError(f"expected one output or two, found {len(outputs)}")
+    from mergekit_lowrank.cli.reporting import run_report
 
-    click.echo(json.dumps(recipe_schema(), indent=1))
+    run_report(outputs, quiet=verbosity.quiet, **settings)
+
+
+@main.command(epilog=example("mergekit-lowrank schema > recipe.schema.json"))
+@click.argument("kind", type=click.Choice(SCHEMAS), default="recipe")
+@verbosity_options
+def schema(kind: str) -> None:
+    """Print the JSON Schema of recipes, or of another kind of file."""
+    from mergekit_lowrank.cli.schemas import run_schema
+
+    run_schema(kind)
 
 
 @main.command(

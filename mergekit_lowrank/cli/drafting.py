@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from mergekit_lowrank.api import plan
-from mergekit_lowrank.cli.headers import ranks_text, scaling_text, type_name, types_text
 from mergekit_lowrank.cli.methods import parameters_of
 from mergekit_lowrank.cli.tables import aligned, one_line
 from mergekit_lowrank.engine import Plan
 from mergekit_lowrank.formats import Checkpoint, Factored
+from mergekit_lowrank.inspection.headers import ranks_text, scaling_text, type_name, types_text
 from mergekit_lowrank.recipe import Recipe, parse_recipe, write_yaml
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.strategies import Preset

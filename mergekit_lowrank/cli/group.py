@@ -8,13 +8,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mergekit_lowrank.errors import MergeError
 
-__all__ = ["INTERRUPTED", "TERMINATED", "CommandLine", "Stopped", "Verbosity", "verbosity_options"]
+if TYPE_CHECKING:
+    from mergekit_lowrank.cli.logs import JsonLog
+    from mergekit_lowrank.events import Reporter
+
+__all__ = ["INTERRUPTED", "TERMINATED", "CommandLine", "Stopped", "Verbosity", "log_option", "verbosity_options"]
 
 BUG = 1
 FAULT = 2
@@ -37,10 +41,43 @@ class Verbosity:
     Attributes:
         quiet: no progress and no closing lines; warnings stay.
         debug: tracebacks with errors.
+        log: where events go as JSON; None for nowhere.
     """
 
     quiet: bool = False
     debug: bool = False
+    log: JsonLog | None = None
+
+    @property
+    def logs_to_stderr(self) -> bool:
+        """Whether stderr is for JSON alone."""
+        return self.log is not None and self.log.is_stderr
+
+    def reporters(self) -> list[Reporter]:
+        """Who follows the work of the command: a progress bar, a log, both, or nobody."""
+        from mergekit_lowrank.progress import ProgressBar  # loads tqdm
+
+        log: list[Reporter] = [] if self.log is None else [self.log]
+        return log if self.quiet or self.logs_to_stderr else [ProgressBar(), *log]
+
+    def warn(self, message: str) -> None:
+        """A line on stderr, unless the log has it from an event."""
+        if not self.logs_to_stderr:
+            click.echo(f"warning: {message}", err=True)
+
+    def end(self, status: int, error: BaseException | None = None, message: str = "") -> None:
+        """Say how the command ended.
+
+        Args:
+            status: its exit status.
+            error: why it failed; its traceback is shown where tracebacks are.
+            message: about the error.
+        """
+        trace = "".join(traceback.format_exception(error)) if error is not None and self.debug else ""
+        if self.log is not None:
+            self.log.end(status, message, trace)
+        if message and not self.logs_to_stderr:
+            click.echo(f"{trace}{message}", err=True)
 
 
 class Stopped(KeyboardInterrupt):
@@ -80,6 +117,29 @@ def _remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         setattr(ctx.ensure_object(Verbosity), str(param.name), True)
 
 
+def log_option(command: Decorated) -> Decorated:
+    """``--log-json``, kept in the context's ``Verbosity`` as an open file."""
+    return click.option(
+        "--log-json",
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_open_log,
+        help="Append every event to FILE, a line of JSON each; - for stderr, which then holds nothing else.",
+    )(command)
+
+
+def _open_log(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    from mergekit_lowrank.cli.logs import open_log
+
+    try:
+        ctx.ensure_object(Verbosity).log = open_log(value)
+    except OSError as error:
+        raise click.BadParameter(f"{value} cannot be written: {error.strerror or error}", ctx, param) from error
+
+
 class CommandLine(click.Group):
     """A group whose errors are one readable text on stderr, and whose exit status says whose fault it was."""
 
@@ -99,11 +159,10 @@ class CommandLine(click.Group):
         verbosity = Verbosity()
         try:
             status = super().main(args, prog_name, complete_var, standalone_mode=False, obj=verbosity, **extra)
+            verbosity.end(status or 0)
         except (Exception, KeyboardInterrupt) as error:
-            if verbosity.debug:
-                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
             status, message = _explained(error)
-            click.echo(message, err=True)
+            verbosity.end(status, error, message)
         if not _flushes_stdout():
             _discard_stdout()
         sys.exit(status)
@@ -112,6 +171,10 @@ class CommandLine(click.Group):
         """Run the command. It ends quietly when nobody reads its output any more, as in ``… | head``."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if not ctx.ensure_object(Verbosity).logs_to_stderr:
+                raise
+            raise click.Abort from error  # of another kind click would say an empty line
         except BrokenPipeError as error:
             if _flushes_stdout(more="\n"):  # then it was another pipe, and click would hide that
                 raise ConnectionError(f"a connection was closed: {error}") from error

@@ -13,8 +13,7 @@ from typing import NoReturn
 import click
 
 from mergekit_lowrank.api import finalize, merge
-from mergekit_lowrank.cli.group import INTERRUPTED, TERMINATED, Stopped
-from mergekit_lowrank.cli.progress import ProgressBar
+from mergekit_lowrank.cli.group import INTERRUPTED, TERMINATED, Stopped, Verbosity
 from mergekit_lowrank.cli.request import Request
 from mergekit_lowrank.cli.tables import aligned
 from mergekit_lowrank.engine import format_bytes
@@ -40,9 +39,10 @@ def run_merge(
     resume: bool,
     shard: tuple[int, int] | None,
     hash_sources: bool,
+    verify: bool,
     push: str | None,
     strict: bool,
-    quiet: bool,
+    verbosity: Verbosity,
 ) -> None:
     """Merge, and print what was merged, what was kept and how to load it; of a quiet merge the warnings only."""
     if push is not None:
@@ -60,12 +60,13 @@ def run_merge(
             resume=resume,
             shard=shard,
             hash_sources=hash_sources,
+            verify=verify,
             strict=strict,
-            reporters=[] if quiet else [ProgressBar()],
+            reporters=verbosity.reporters(),
         )
-    _tell(made, output, shard=shard, quiet=quiet)
+    _tell(made, output, verbosity, shard=shard)
     if push is not None:
-        _push(output, push, quiet=quiet)
+        _push(output, push, quiet=verbosity.quiet)
 
 
 def _check_push(repository: str, output: Path, shard: tuple[int, int] | None) -> None:
@@ -84,21 +85,21 @@ def _push(output: Path, repository: str, *, quiet: bool) -> None:
         click.echo(f"  pushed       {url}")
 
 
-def run_finalize(output: Path, *, overwrite: bool, quiet: bool) -> None:
+def run_finalize(output: Path, *, overwrite: bool, verify: bool, verbosity: Verbosity) -> None:
     """Put the parts of a merge together, and print what ``run_merge`` prints of a whole one."""
     with stoppable(output):
-        made = finalize(output, overwrite=overwrite)
-    _tell(made, output, quiet=quiet)
+        made = finalize(output, overwrite=overwrite, verify=verify, reporters=verbosity.reporters())
+    _tell(made, output, verbosity)
 
 
 def _tell(
-    made: Report | Mapping[str, Report], output: Path, *, shard: tuple[int, int] | None = None, quiet: bool
+    made: Report | Mapping[str, Report], output: Path, verbosity: Verbosity, *, shard: tuple[int, int] | None = None
 ) -> None:
     reports = {"": made} if isinstance(made, Report) else made
     warnings = dict.fromkeys(warning for report in reports.values() for warning in report.warnings)
-    if quiet:
+    if verbosity.quiet:
         for warning in warnings:
-            click.echo(f"warning: {warning}", err=True)
+            verbosity.warn(warning)
     elif shard:
         click.echo("\n".join(_lines_of_shard(reports.values(), output, shard)))
     elif isinstance(made, Report):

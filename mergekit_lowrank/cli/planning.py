@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from mergekit_lowrank.api import plan_variants
-from mergekit_lowrank.cli.headers import type_name
 from mergekit_lowrank.cli.request import Request
 from mergekit_lowrank.cli.tables import aligned, fields, spans
 from mergekit_lowrank.engine import ModulePlan, Plan, format_bytes
+from mergekit_lowrank.inspection.headers import type_name
 from mergekit_lowrank.policies import WholeRank
 from mergekit_lowrank.recipe import bytes_of
 

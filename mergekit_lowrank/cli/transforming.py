@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from mergekit_lowrank.cli.headers import counted, span
 from mergekit_lowrank.cli.merging import stoppable
-from mergekit_lowrank.cli.progress import ProgressBar
 from mergekit_lowrank.cli.tables import aligned, fields
 from mergekit_lowrank.engine import format_bytes
+from mergekit_lowrank.inspection.headers import counted, span
+from mergekit_lowrank.progress import ProgressBar
 from mergekit_lowrank.recipe import bytes_of
 from mergekit_lowrank.report import Report
 from mergekit_lowrank.transforms import ConversionReport, convert, extract, resize

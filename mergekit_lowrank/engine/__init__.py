@@ -6,7 +6,7 @@ from mergekit_lowrank.engine.inputs import Inputs, open_checkpoint, open_inputs
 from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes
 from mergekit_lowrank.engine.merging import ModuleRecord
 from mergekit_lowrank.engine.parts import Origin, Parts, names_of_variants, refuse_parts
-from mergekit_lowrank.engine.pipeline import Destination, Outcome, Shard, finish, run_plans
+from mergekit_lowrank.engine.pipeline import Destination, Outcome, Shard, count_modules, finish, run_plans
 from mergekit_lowrank.engine.plan import Fold, ModulePlan, Plan
 from mergekit_lowrank.engine.planning import build_plan
 from mergekit_lowrank.engine.settings import SettingsResolver
@@ -43,6 +43,7 @@ __all__ = [
     "Unfinished",
     "adapter_config",
     "build_plan",
+    "count_modules",
     "default_memory_bytes",
     "dialect_of",
     "drop_others",

@@ -18,12 +18,24 @@ from mergekit_lowrank.engine.plan import ModulePlan, Plan
 from mergekit_lowrank.engine.sinks import Receipt, Sink, factored_ranks
 from mergekit_lowrank.engine.surveying import Rounds, run_surveys
 from mergekit_lowrank.engine.units import Unit, batches_of, share_of
-from mergekit_lowrank.events import Event, ModuleMerged
+from mergekit_lowrank.events import Event, MergeResumed, ModuleMerged
 from mergekit_lowrank.executors import Executor, Job, Work
 from mergekit_lowrank.lowrank import InputUpdate
 from mergekit_lowrank.strategies import Survey
 
-__all__ = ["Destination", "Done", "Outcome", "Shard", "finish", "run_plans"]
+__all__ = ["Destination", "Done", "Outcome", "Shard", "count_modules", "finish", "run_plans"]
+
+MEASURES = (
+    "energy",
+    "kept_energy",
+    "cut_error",
+    "merged_norm",
+    "scale",
+    "retention",
+    "relative_error",
+    "sign_conflict",
+)
+"""Fields of a record that are told with the module: one number each."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,7 @@ def run_plans(
     vram_bytes: int | None = None,
     shard: Shard | None = None,
     tell: Callable[[Event], None],
+    names: Sequence[str] = (),
 ) -> list[Outcome]:
     """Merge every module of every plan, each input of a module read once; one outcome for each plan.
 
@@ -219,6 +232,7 @@ def run_plans(
         vram_bytes: what may be held on each device.
         shard: which part of the modules is merged; None for all. The sink of a part is not finished.
         tell: takes each event.
+        names: of the plans, for events; none where there is one plan.
 
     Raises:
         MergeError: whatever an input, a strategy or the disk does wrong. Modules in flight are waited for.
@@ -234,13 +248,29 @@ def run_plans(
             rounds = Rounds([own.plan], executor, pool, destinations[0].scratch, tell, after=rounds.number)
             targets.append(own.target(found, rounds))
         done: list[dict[str, Done]] = [{d.receipt.module: d for d in own.finished} for own in destinations]
+        finished = sum(item.record is not None for own in done for item in own.values())
+        if finished:
+            tell(MergeResumed(finished))
         for number, item in _run(targets, executor, pool, shard):
             destinations[number].accept(item)
             done[number][item.receipt.module] = item
             if item.record is not None:
-                tell(ModuleMerged(item.record.module, item.record.rank, item.record.wall_seconds))
+                tell(_merged_event(item.record, names[number] if names else ""))
         complete = _part if shard is not None else finish
         return [complete(target.plan, target.sink, own) for target, own in zip(targets, done, strict=True)]
+
+
+def _merged_event(record: ModuleRecord, variant: str) -> ModuleMerged:
+    measures = {name: getattr(record, name) for name in MEASURES}
+    return ModuleMerged(record.module, record.rank, record.wall_seconds, measures, variant)
+
+
+def count_modules(plans: Sequence[Plan], shard: Shard | None) -> int:
+    """How many modules are merged for all plans of the same inputs: all of them, or those of one part."""
+    batches = batches_of(plans)
+    if shard is not None:
+        batches = share_of(batches, shard.index, shard.count)
+    return len(plans) * sum(not unit.is_copy for batch in batches for unit in batch)
 
 
 class _Opening:

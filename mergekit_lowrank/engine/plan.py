@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from mergekit_lowrank.engine.memory import format_bytes
 from mergekit_lowrank.engine.ranks import above_accepted, accepted_ranks
 from mergekit_lowrank.engine.settings import Group
 from mergekit_lowrank.formats import Checkpoint, Factored, Layout, Member, ModelDirectory, ModelLayout
+from mergekit_lowrank.pages.cells import cell
+from mergekit_lowrank.pages.tables import html_table
 from mergekit_lowrank.policies import RankPolicy, ScalePolicy, snapped
 from mergekit_lowrank.recipe import Budget, Recipe
 from mergekit_lowrank.spaces import ModuleShape
@@ -254,3 +257,42 @@ class Plan:
             "uniform_rank": self.uniform_rank,
             "warnings": list(self.warnings),
         }
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the facts, and inputs and modules to unfold."""
+        inputs = [(c.label, c.location, c.base_model or "not named", len(c.modules)) for c in self.inputs]
+        columns = ("module", "out", "in", "inputs", "ranks", "method", "space", "rank", "peak")
+        right = ("out", "in", "inputs", "rank", "peak")
+        return cell(
+            f"Plan of a merge with {self.recipe.merge_method}",
+            self._facts(),
+            {
+                f"{len(inputs)} inputs": html_table(("input", "location", "base model", "modules"), inputs),
+                f"{len(self.modules)} modules": html_table(columns, map(self._row, self.modules), right=right),
+            },
+        )
+
+    def _facts(self) -> Iterator[tuple[str, object]]:
+        compute, out = (str(dtype).removeprefix("torch.") for dtype in (self.compute_dtype, self.out_dtype))
+        written = "depends on the data" if self.bytes_written is None else format_bytes(self.bytes_written)
+        yield "output", self.recipe.output.kind
+        yield "base model", self.base_model or "not named"
+        yield "reads", format_bytes(self.bytes_read)
+        yield "writes", written
+        yield "types", f"computes in {compute}, stores {out}"
+        yield "memory", f"{format_bytes(self.peak_bytes)} for the largest module"
+        yield from (("warning", warning) for warning in self.warnings)
+
+    def _row(self, module: ModulePlan) -> tuple[object, ...]:
+        rank, group = self.written_rank(module), module.group
+        return (
+            module.name,
+            module.shape.d_out,
+            module.shape.d_in,
+            len(module.participants),
+            ", ".join(map(str, module.shape.ranks)),
+            group.method,
+            group.space.name,
+            "from the data" if rank is None else rank,
+            format_bytes(module.peak_bytes),
+        )

@@ -40,6 +40,7 @@ class Rounds:
         scratch: a directory for matrices that are too large for memory.
         tell: takes each event.
         after: rounds that there have been already.
+        stage: what modules are looked at for, in events.
 
     Attributes:
         number: of the last round, from 1.
@@ -54,9 +55,10 @@ class Rounds:
         tell: Callable[[Event], None],
         *,
         after: int = 0,
+        stage: str = "survey",
     ) -> None:
         self._plans, self._executor, self._pool, self._scratch, self._tell = plans, executor, pool, scratch, tell
-        self.number = after
+        self._stage, self.number = stage, after
 
     def run(self, modules: Sequence[str], measure: Measure[Measurement]) -> Iterator[tuple[str, Measurement]]:
         """One round: each module by name with its measurement, in any order."""
@@ -65,7 +67,7 @@ class Rounds:
         jobs = [Job(n, name, max(p.module(name).peak_bytes for p in self._plans)) for n, name in enumerate(modules)]
         memory_bytes = min(plan.modules_bytes for plan in self._plans)
         for n, measurement in self._executor.run(work, jobs, memory_bytes=memory_bytes):
-            self._tell(SurveyRound(modules[n], self.number, len(modules)))
+            self._tell(SurveyRound(modules[n], self.number, len(modules), self._stage))
             yield modules[n], measurement
 
 

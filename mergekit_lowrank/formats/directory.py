@@ -21,6 +21,7 @@ except ImportError:  # Windows has no flock: two merges into one directory are n
 __all__ = [
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "PAGE_NAME",
     "REPORT_NAME",
     "TIMINGS_NAME",
     "WORK_DIRECTORY",
@@ -42,6 +43,7 @@ ADAPTER_FILES = (
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.json"
 TIMINGS_NAME = "timings.json"
+PAGE_NAME = "report.html"
 INDEX_NAME = "sweep.json"
 """Lists the directories that a sweep wrote."""
 WORK_DIRECTORY = ".work"
@@ -204,7 +206,7 @@ def _foreign(directory: Path) -> str | None:
     if INDEX_NAME in names:
         others = [name for name in names if name != INDEX_NAME]
         return next((why for name in others if (why := _foreign(directory / name))), None)
-    written = {MANIFEST_NAME, TIMINGS_NAME, *_written_by(directory / MANIFEST_NAME)}
+    written = {MANIFEST_NAME, TIMINGS_NAME, PAGE_NAME, *_written_by(directory / MANIFEST_NAME)}
     known = written if MANIFEST_NAME in names else set(ADAPTER_FILES)
     strange = next((name for name in names if name not in known), None)
     if strange:

@@ -90,11 +90,11 @@ def _sampled(updates: Sequence[InputUpdate], generator: torch.Generator) -> Tens
 def _entries(update: InputUpdate, rows: Tensor, columns: Tensor) -> Tensor:
     """(g, p, q): in each of g groups the entries at rows (g, p) and columns (g, q)."""
     if isinstance(update, LowRankUpdate):
-        b = update.b[rows.to(update.b.device)]
-        a = update.a[:, columns.flatten().to(update.a.device)].unflatten(1, columns.shape)
+        b = update.b[rows.to(update.b.device)]  # (g, p, r)
+        a = update.a[:, columns.to(update.a.device)]  # (r, g, q)
         return b @ a.transpose(0, 1) * update.scaling
     read = {row: update.rows(slice(row, row + 1))[0].cpu() for row in sorted(set(rows.flatten().tolist()))}
-    own = torch.stack([read[row] for row in rows.flatten().tolist()]).unflatten(0, rows.shape)
+    own = torch.stack([torch.stack([read[row] for row in group]) for group in rows.tolist()])
     return own.gather(2, columns.unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 

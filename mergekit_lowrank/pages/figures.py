@@ -23,6 +23,7 @@ class Heatmap:
         limits: of the colours; None for the least and the largest value.
         centre: where colours change from one hue to another, 0 of cosines; None for one hue.
         is_printed: whether the numbers stand in the cells: small tables, such as pairs of inputs.
+        column_label: what all columns are, such as ``layer``; empty where their names say it.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Heatmap:
     limits: tuple[float, float] | None = None
     centre: float | None = None
     is_printed: bool = False
+    column_label: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an output directory holds beside tensors: configuration, card, recipe, report, manifest."""
+"""What an output directory holds beside tensors: configuration, card, recipe, report, page, manifest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mergekit_lowrank.filenames import SIDE_FILE
 from mergekit_lowrank.formats import (
     CONFIG_NAME,
     MANIFEST_NAME,
+    PAGE_NAME,
     REPORT_NAME,
     TIMINGS_NAME,
     WORK_DIRECTORY,
@@ -26,6 +27,7 @@ from mergekit_lowrank.formats.tokenizers import copy_tokenizer
 from mergekit_lowrank.recipe import Execution, From, Recipe
 from mergekit_lowrank.report.card import model_card
 from mergekit_lowrank.report.manifest import Digests, build_manifest
+from mergekit_lowrank.report.page import merge_page
 from mergekit_lowrank.report.results import Report
 from mergekit_lowrank.strategies import Preset
 
@@ -76,11 +78,13 @@ def write_texts(
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     outputs = {str(path.relative_to(directory)): path for path in files}
     unfinished = {name for name in outputs if name.startswith(f"{WORK_DIRECTORY}{os.sep}")}
-    outputs = {name: path for name, path in outputs.items() if name not in {MANIFEST_NAME, TIMINGS_NAME, *unfinished}}
+    apart = {MANIFEST_NAME, TIMINGS_NAME, PAGE_NAME, *unfinished}
+    outputs = {name: path for name, path in outputs.items() if name not in apart}
     with writing(directory):
         manifest = build_manifest(outcome.plan, digests, outputs, _tensors(outcome))
     write_text(directory / MANIFEST_NAME, manifest)
     write_text(directory / TIMINGS_NAME, report.timings())
+    write_text(directory / PAGE_NAME, merge_page(directory))
 
 
 def translate(directory: Path, plan: Plan, writer: Writer) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of, loading_server
+from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of, format_bytes, loading_server
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats import REPORT_NAME, TIMINGS_NAME
+from mergekit_lowrank.pages.cells import cell
+from mergekit_lowrank.pages.tables import html_table, number
 
 __all__ = ["SCHEMA_VERSION", "InputSummary", "Memory", "Report", "Totals", "build_report"]
 
@@ -141,11 +143,40 @@ class Report(_Frozen):
             for module in report["modules"]:
                 module["wall_seconds"] = times["modules"][module["module"]]
                 module["peak_bytes"] = times["memory"]["modules"][module["module"]]
-            return cls.model_validate_json(json.dumps(report))
+            return cls.model_validate(report)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: {REPORT_NAME} and {TIMINGS_NAME} are not of one merge: {error!r}."
             ) from error
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the totals, and inputs and modules to unfold."""
+        columns = ("module", "rank", "norm", "energy kept", "cut error", "error", "sign conflict")
+        names = ("rank", "merged_norm", "kept_energy", "cut_error", "relative_error", "sign_conflict")
+        rows = ((module["module"], *(number(module[name]) for name in names)) for module in self.modules)
+        inputs = ((own.label, own.location, own.modules, number(own.weighted_norm)) for own in self.inputs)
+        input_columns = ("input", "location", "modules", "norm times weight")
+        return cell(
+            f"Merge with {self.method}",
+            self._facts(),
+            {
+                f"{len(self.inputs)} inputs": html_table(input_columns, inputs, right=input_columns[2:]),
+                f"{len(self.modules)} modules": html_table(columns, rows, right=columns[1:]),
+            },
+        )
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        totals = self.totals
+        size, seconds = format_bytes(totals.bytes_written), f"{totals.wall_seconds:.1f} s"
+        yield "output", f"{self.kind}, {self.rank_text}, {self.dtype}, {size}"
+        yield "norm", f"{number(totals.merged_norm)}; of the inputs {number(totals.mean_input_norm)} in the mean"
+        kept = math.floor(10_000 * totals.kept_energy) / 100  # a share that was cut never reads as whole
+        needed = "a higher rank" if totals.rank_for_99 is None else f"rank {totals.rank_for_99}"
+        yield "energy kept", f"{kept:g} %; 99 % in every module need {needed}"
+        yield "largest cut error", number(totals.largest_cut_error)
+        yield "largest error", f"{number(totals.largest_relative_error)} against the exact weighted sum"
+        yield "time", seconds
+        yield from (("warning", warning) for warning in self.warnings)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from mergekit_lowrank.engine import format_bytes
 from mergekit_lowrank.policies import VLLM_RANKS, snapped
 from mergekit_lowrank.report.results import Report
 
-__all__ = ["closing_lines", "load_lines"]
+__all__ = ["closing_lines", "load_lines", "percent"]
 
 LOADING = {
     "vllm": "vLLM         vllm serve {base} --enable-lora --max-lora-rank {snapped} --lora-modules merged={path}",
@@ -35,7 +35,7 @@ def closing_lines(report: Report, location: str | None) -> Iterator[str]:
     norms = ", ".join(f"{summary.label} {summary.weighted_norm:.3g}" for summary in report.inputs)
     yield f"  norms        inputs (times weight): {norms}; merged: {totals.merged_norm:.3g}"
     if report.rank is not None or totals.kept_energy < 1:
-        yield f"  energy kept  {_percent(totals.kept_energy)} at {report.rank_text}; {_needed(report)}"
+        yield f"  energy kept  {percent(totals.kept_energy)} at {report.rank_text}; {_needed(report)}"
     if totals.budget_bytes is not None:
         used, given = format_bytes(totals.bytes_written), format_bytes(totals.budget_bytes)
         yield f"  budget       {used} of {given} used"
@@ -51,7 +51,7 @@ def closing_lines(report: Report, location: str | None) -> Iterator[str]:
         yield from load_lines(report, location)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share that was cut never reads as whole."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"
 

@@ -23,7 +23,7 @@ COMMANDS = ("completion", "finalize", "init", "inspect", "merge", "plan", "plugi
 SLOW = """
 import os, time
 from mergekit_lowrank.cli import main
-from mergekit_lowrank.cli.progress import ProgressBar
+from mergekit_lowrank.progress import ProgressBar
 from mergekit_lowrank.events import ModuleMerged
 
 def slow(self, event):

@@ -20,6 +20,7 @@ OUTPUT_FILES = {
     "adapter_model.safetensors",
     "manifest.json",
     "recipe.yaml",
+    "report.html",
     "report.json",
     "timings.json",
 }
@@ -207,6 +208,7 @@ def test_options_that_are_not_given_are_left_to_the_recipe(recipe, asked):
         "shard": None,
         "hash_sources": True,
         "strict": False,
+        "verify": False,
         "reporters": [],
     }
 
@@ -226,6 +228,7 @@ def test_options_reach_the_merge(recipe, asked):
         "shard": (1, 8),
         "hash_sources": False,
         "strict": True,
+        "verify": False,
         "reporters": [],
     }
 

@@ -8,9 +8,9 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_lowrank.cli.progress import ProgressBar
 from mergekit_lowrank.cli.tables import aligned, fields, one_line, spans
 from mergekit_lowrank.events import MergeFinished, MergeStarted, ModuleMerged, Notice, SurveyRound
+from mergekit_lowrank.progress import ProgressBar
 
 
 class Terminal(io.StringIO):

@@ -206,7 +206,7 @@ class TestAdapters:
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         listed = {file["name"] for file in manifest["outputs"]}
         there = {path.name for path in (tmp_path / "out").iterdir()}
-        assert there - listed == {"manifest.json", "timings.json"}
+        assert there - listed == {"manifest.json", "report.html", "timings.json"}
         assert manifest["base"]["location"] == str(world / "base")
         merge(recipe_of([world / "adapter2"], world / "base"), tmp_path / "out", overwrite=True)
 

@@ -24,7 +24,8 @@ def files_of(directory):
     return {
         path.relative_to(directory): path.read_bytes()
         for path in directory.rglob("*")
-        if path.is_file() and path.name not in ("timings.json", "recipe.yaml", "manifest.json", "README.md")
+        if path.is_file()
+        and path.name not in ("timings.json", "report.html", "recipe.yaml", "manifest.json", "README.md")
     }
 
 

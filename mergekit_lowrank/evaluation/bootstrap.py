@@ -1,0 +1,129 @@
+"""How far scores, ratios and differences could be off: replicates by the bootstrap, and intervals of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from mergekit_lowrank.evaluation.outcomes import EvaluationError, Outcome
+
+__all__ = ["CONFIDENCE", "Estimate", "Sample", "combined", "divided", "mean_of", "samples_of"]
+
+CONFIDENCE = 0.95
+DRAWN_AT_ONCE = 1 << 20
+"""Indices of examples that are held at once."""
+
+Array = npt.NDArray[np.float64]
+
+
+class Estimate(BaseModel):
+    """A number with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float = Field(description="as measured")
+    low: float | None = Field(description="the lower end of its interval; null where nothing says how sure it is")
+    high: float | None = Field(description="the upper end")
+
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Of a difference: whether its interval leaves zero out."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A number, and what it would have been on examples drawn anew.
+
+    Attributes:
+        value: as measured.
+        replicates: (resamples,); None where nothing says how sure the value is.
+    """
+
+    value: float
+    replicates: Array | None
+
+    def estimate(self) -> Estimate:
+        """The value with the percentile interval of its replicates (Efron & Tibshirani 1993, section 13.3)."""
+        if self.replicates is None or not np.isfinite(self.replicates).all():
+            return Estimate(value=self.value, low=None, high=None)
+        tail = (1 - CONFIDENCE) / 2
+        low, high = np.quantile(self.replicates, [tail, 1 - tail])
+        return Estimate(value=self.value, low=float(low), high=float(high))
+
+
+def combined(function: Callable[..., Array | float], *samples: Sample) -> Sample:
+    """The function of several numbers: of their values, and replicate by replicate."""
+    replicates = [sample.replicates for sample in samples]
+    known = [own for own in replicates if own is not None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(function(*(sample.value for sample in samples)))
+        return Sample(value, np.asarray(function(*known)) if len(known) == len(samples) else None)
+
+
+def mean_of(samples: Sequence[Sample]) -> Sample:
+    """The mean over tasks, each of which weighs alike."""
+    return combined(lambda *values: sum(values) / len(values), *samples)
+
+
+def samples_of(task: str, outcomes: Mapping[str, Outcome], *, resamples: int, seed: int) -> dict[str, Sample]:
+    """Replicates of every model's score on one task.
+
+    Examples are drawn with replacement, the same ones for all models, so that differences and ratios are paired. A
+    score without examples gets replicates of its own: binomial ones with a count, normal ones with a standard error.
+
+    Args:
+        task: its name, which seeds the draws together with ``seed``.
+        outcomes: of each model.
+        resamples: how many replicates.
+        seed: of the draws.
+
+    Raises:
+        EvaluationError: models were judged on different numbers of examples.
+    """
+    rng = np.random.default_rng([seed, crc32(task.encode())])
+    paired = [name for name, outcome in outcomes.items() if outcome.examples]
+    counts = {name: len(outcomes[name].examples) for name in paired}
+    if len({*counts.values()}) > 1:
+        found = ", ".join(f"{count} of '{name}'" for name, count in counts.items())
+        raise EvaluationError(f"task '{task}': outcomes of {found}; expected the same examples for every model")
+    drawn = _drawn([outcomes[name].examples for name in paired], rng, resamples) if paired else ()
+    replicates: dict[str, Array] = dict(zip(paired, drawn, strict=True))
+    return {
+        name: Sample(outcome.score, replicates.get(name, _assumed(outcome, rng, resamples)))
+        for name, outcome in outcomes.items()
+    }
+
+
+def _drawn(examples: Sequence[Sequence[float]], rng: np.random.Generator, resamples: int) -> Array:
+    """(models, resamples): means over examples drawn with replacement."""
+    table = np.asarray(examples)
+    count = table.shape[1]
+    at_once = max(1, DRAWN_AT_ONCE // count)
+    means = [
+        table[:, rng.integers(0, count, (min(at_once, resamples - start), count))].mean(axis=2)
+        for start in range(0, resamples, at_once)
+    ]
+    return np.concatenate(means, axis=1)
+
+
+def _assumed(outcome: Outcome, rng: np.random.Generator, resamples: int) -> Array | None:
+    """Replicates of a score by itself; None where neither a count nor a standard error is known."""
+    if outcome.examples:
+        return None
+    if outcome.stderr is not None:
+        return rng.normal(outcome.score, outcome.stderr, resamples)
+    if outcome.count is not None:
+        return rng.binomial(outcome.count, outcome.score, resamples) / outcome.count
+    return None
+
+
+def divided(first: Array | float, second: Array | float) -> Array | float:
+    """``first / second``; where that is no ratio of accuracies, since the second is not above zero, not a number."""
+    return np.where(np.asarray(second) > 0, np.divide(first, second), math.nan)
