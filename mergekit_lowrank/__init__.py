@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergekit_lowrank.errors import (
         CheckpointError,
         DiskError,
+        EvaluationError,
         IncompatibleInputsError,
         InterruptedMergeError,
         MemoryBudgetError,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         RecipeError,
         StrategyError,
     )
-    from mergekit_lowrank.evaluation import Evaluation, evaluate
+    from mergekit_lowrank.evaluation import Evaluation, evaluate, load_tasks
     from mergekit_lowrank.events import (
         Event,
         MergeFailed,
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
         per_input,
     )
     from mergekit_lowrank.transforms import ConversionReport, convert, extract, resize
-    from mergekit_lowrank.verification import Verification
+    from mergekit_lowrank.verification import Fault, Verification
 
 __all__ = [
     "Adapter",
@@ -79,8 +80,10 @@ __all__ = [
     "DiskError",
     "ElementwiseStrategy",
     "Evaluation",
+    "EvaluationError",
     "Event",
     "Executor",
+    "Fault",
     "Finding",
     "Format",
     "IncompatibleInputsError",
@@ -134,6 +137,7 @@ __all__ = [
     "hookimpl",
     "inspect",
     "load_recipe",
+    "load_tasks",
     "merge",
     "per_input",
     "plan",
@@ -149,6 +153,7 @@ _ROOMS = {
     "errors": (
         "CheckpointError",
         "DiskError",
+        "EvaluationError",
         "IncompatibleInputsError",
         "InterruptedMergeError",
         "MemoryBudgetError",
@@ -158,7 +163,7 @@ _ROOMS = {
         "RecipeError",
         "StrategyError",
     ),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("Evaluation", "evaluate", "load_tasks"),
     "events": (
         "Event",
         "MergeFailed",
@@ -182,7 +187,7 @@ _ROOMS = {
     "spaces": ("Coordinates", "ModuleShape", "Part", "Space", "SpaceParams"),
     "strategies": ("ElementwiseStrategy", "MergeContext", "Params", "Preset", "Strategy", "Survey", "per_input"),
     "transforms": ("ConversionReport", "convert", "extract", "resize"),
-    "verification": ("Verification",),
+    "verification": ("Fault", "Verification"),
 }
 
 

@@ -11,6 +11,7 @@
     ├── MemoryBudgetError         a module that cannot be merged within the memory allowed
     ├── OutputError               the output: exists, inside an input
     │   └── DiskError             the disk is full or failed; what was written is kept
+    ├── EvaluationError           an evaluator: failed, took too long, gave no score
     └── InterruptedMergeError     the merge was cut off from outside; what it finished is kept
 
 Anything else that reaches the user is a bug of this package.
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 __all__ = [
     "CheckpointError",
     "DiskError",
+    "EvaluationError",
     "IncompatibleInputsError",
     "InterruptedMergeError",
     "MemoryBudgetError",
@@ -79,6 +81,10 @@ class OutputError(MergeError):
 
 class DiskError(OutputError):
     """The disk of the output is full or failed. The operating system's error is its `__cause__`."""
+
+
+class EvaluationError(MergeError):
+    """An evaluator failed, took too long, or wrote nothing that can be read as a score."""
 
 
 class InterruptedMergeError(MergeError):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
+from typing import Literal
 
 from mergekit_lowrank.diagnostics.diagnosis import Diagnosis, Finding, Matrix, ModuleDiagnosis
 from mergekit_lowrank.diagnostics.overall import common_modules, mean, weighted_energy
@@ -150,11 +151,36 @@ def _vanishing(diagnosis: Diagnosis) -> Iterator[Finding]:
             )
 
 
-def _shared_subspaces(diagnosis: Diagnosis) -> Iterator[Finding]:
-    """For each side: of adapters that started from the same A one side alone is shared."""
-    for side in ("row", "column"):
-        places = {pair: _overlapping(diagnosis, pair, side) for pair in _pairs(diagnosis, diagnosis.pairs.cosines)}
-        yield from _shared_subspace(diagnosis, side, {pair: where for pair, where in places.items() if where})
+def _shared_columns(diagnosis: Diagnosis) -> Iterator[Finding]:
+    is_joint = set(diagnosis.spaces) <= JOINT_SPACES
+    advice = (
+        "what they share is merged as such already"
+        if is_joint
+        else "they write into the same output directions: prefer a method in joint coordinates, where what they share "
+        "is one direction and not many entries: knots, drm, core_ties, or space: joint"
+    )
+    yield from _shared_subspace(
+        diagnosis,
+        "column",
+        rule="shared_columns",
+        severity="info" if is_joint else "notice",
+        advice=advice,
+    )
+
+
+def _shared_rows(diagnosis: Diagnosis) -> Iterator[Finding]:
+    """Told, and no more: A is random at first and moves little, so one seed gives all adapters the same rows."""
+    advice = (
+        "adapters that start from the same random A keep most of its rows, whatever they learn; where pairs were "
+        "measured, this said nothing of what they lose"
+    )
+    yield from _shared_subspace(
+        diagnosis,
+        "row",
+        rule="shared_rows",
+        severity="info",
+        advice=advice,
+    )
 
 
 def _overlapping(diagnosis: Diagnosis, pair: _Pair, side: str) -> dict[str, float]:
@@ -168,26 +194,26 @@ def _overlapping(diagnosis: Diagnosis, pair: _Pair, side: str) -> dict[str, floa
     return found
 
 
-def _shared_subspace(diagnosis: Diagnosis, side: str, found: Mapping[_Pair, Mapping[str, float]]) -> Iterator[Finding]:
+def _shared_subspace(
+    diagnosis: Diagnosis, side: Literal["row", "column"], *, rule: str, severity: Literal["info", "notice"], advice: str
+) -> Iterator[Finding]:
+    places = {pair: _overlapping(diagnosis, pair, side) for pair in _pairs(diagnosis, diagnosis.pairs.cosines)}
+    found = {pair: where for pair, where in places.items() if where}
     if not found:
         return
     pair = max(found, key=lambda own: math.fsum(found[own].values()))
     where = tuple(found[pair])
     overlap = math.fsum(found[pair].values()) / len(where)
     s, t = diagnosis.inputs[pair.s], diagnosis.inputs[pair.t]
-    is_joint = set(diagnosis.spaces) <= JOINT_SPACES
     yield Finding(
-        rule="shared_subspace",
-        severity="info" if is_joint else "notice",
+        rule=rule,
+        severity=severity,
         message=f"the {side} spaces of {s.label} and {t.label} overlap {overlap:.2f} in {_where(where, diagnosis)} "
         f"(cosine of the updates {pair.value:.2f}){_others(found)}",
         inputs=_labels(found, diagnosis),
         modules=where,
         numbers={"overlap": overlap, "cosine": pair.value, "modules": len(where), "pairs": len(found)},
-        advice="what they share is merged as such already"
-        if is_joint
-        else "prefer a method in joint coordinates, where what they share is one direction and not many entries: "
-        "knots, drm, core_ties, or space: joint",
+        advice=advice,
     )
 
 
@@ -301,10 +327,11 @@ RULES: tuple[Rule, ...] = (
     _dominating,
     _vanishing,
     _rank_cuts,
-    _shared_subspaces,
+    _shared_columns,
     _turned_tails,
     _sign_conflicts,
     _coverage,
+    _shared_rows,
     _unmeasured,
 )
 """In the order in which they are told; warnings come first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ def open_inputs(
     get = _postpone if problems else download
     opened: list[Checkpoint] = []
     found = list(problems)
-    for index, (entry, label) in enumerate(zip(recipe.models, _labels(recipe.models), strict=True)):
+    for index, (entry, label) in enumerate(zip(recipe.models, _labels(recipe.models, recipe.directory), strict=True)):
         try:
             opened.append(_open(entry, label, recipe, registry, get))
         except MergeError as error:  # noqa: PERF203 - every input's problem is wanted
@@ -211,13 +212,14 @@ def _placed(problem: MergeError, recipe: Recipe, index: int) -> MergeError:
     return type(problem)(f"{recipe.where(('models', index, 'model'))}: {problem}")
 
 
-def _labels(entries: Sequence[ModelEntry]) -> list[str]:
+def _labels(entries: Sequence[ModelEntry], directory: Path) -> list[str]:
     """Short unique names: the last part of each path, more of it where two agree, numbered where whole paths do.
 
     Random numbers are keyed by them, so they depend on the order of the models only where an adapter is given twice or
-    is in memory.
+    is in memory, and not on where paths start from: of local ones only what lies below their common directory counts.
     """
-    spellings = [_spellings(entry.model) for entry in entries]
+    below = _below_common([entry.model for entry in entries if isinstance(entry.model, str)], directory)
+    spellings = [_spellings(below.get(m, m) if isinstance(m, str) else m) for m in (entry.model for entry in entries)]
     depths = [0] * len(entries)
     while True:
         names = [own[depth] for own, depth in zip(spellings, depths, strict=True)]
@@ -235,6 +237,15 @@ def _labels(entries: Sequence[ModelEntry]) -> list[str]:
         taken = {*labels, *names}
         labels.append(next(label for label in numbered if label not in taken) if counts[name] > 1 else name)
     return labels
+
+
+def _below_common(models: Sequence[str], directory: Path) -> dict[str, str]:
+    """The paths of those that lie on this disk, from the deepest directory that holds all of them."""
+    places = {m: Path(os.path.normpath((directory / m).absolute())) for m in models if (directory / m).exists()}
+    if not places:
+        return {}
+    common = Path(os.path.commonpath([place.parent for place in places.values()]))
+    return {model: str(place.relative_to(common)) for model, place in places.items()}
 
 
 def _spellings(model: str | InMemoryAdapter) -> list[str]:

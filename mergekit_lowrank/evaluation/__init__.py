@@ -2,7 +2,7 @@
 
 from mergekit_lowrank.evaluation.bootstrap import Estimate
 from mergekit_lowrank.evaluation.evaluating import RESAMPLES, evaluate
-from mergekit_lowrank.evaluation.outcomes import EvaluationError, Outcome
+from mergekit_lowrank.evaluation.outcomes import Outcome
 from mergekit_lowrank.evaluation.results import Comparison, Evaluation, Run
 from mergekit_lowrank.evaluation.tables import table
 from mergekit_lowrank.evaluation.tasks import Find, Task, Tasks, load_tasks
@@ -12,7 +12,6 @@ __all__ = [
     "Comparison",
     "Estimate",
     "Evaluation",
-    "EvaluationError",
     "Find",
     "Outcome",
     "Run",

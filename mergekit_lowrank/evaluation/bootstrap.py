@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from mergekit_lowrank.evaluation.outcomes import EvaluationError, Outcome
+from mergekit_lowrank.errors import EvaluationError
+from mergekit_lowrank.evaluation.outcomes import Outcome
 
 __all__ = ["CONFIDENCE", "Estimate", "Sample", "combined", "divided", "mean_of", "samples_of"]
 

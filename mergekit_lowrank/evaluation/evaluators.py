@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mergekit_lowrank.errors import MergeError, raise_together
-from mergekit_lowrank.evaluation.outcomes import EvaluationError, Outcome, as_outcome
+from mergekit_lowrank.errors import EvaluationError, MergeError, raise_together
+from mergekit_lowrank.evaluation.outcomes import Outcome, as_outcome
 from mergekit_lowrank.evaluation.tasks import Find, Task, Tasks, filled
 from mergekit_lowrank.recipe.origin import shown
 

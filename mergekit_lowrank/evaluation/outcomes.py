@@ -9,16 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mergekit_lowrank.errors import MergeError
-
-__all__ = ["EvaluationError", "Outcome", "as_outcome"]
+__all__ = ["Outcome", "as_outcome"]
 
 SAME_MEAN = 1e-3
 """A score printed with three digits is that of its examples."""
-
-
-class EvaluationError(MergeError):
-    """An evaluator failed, took too long, or wrote nothing that can be read as a score."""
 
 
 class Outcome(BaseModel):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit_lowrank.evaluation.outcomes import EvaluationError
+from mergekit_lowrank.errors import EvaluationError
 from mergekit_lowrank.evaluation.tasks import Task, Tasks
 from mergekit_lowrank.formats import MANIFEST_NAME, REPORT_NAME, TIMINGS_NAME, Checkpoint
 from mergekit_lowrank.recipe import Recipe, resolve_model

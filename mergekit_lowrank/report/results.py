@@ -62,8 +62,7 @@ class Memory(_Frozen):
     allowed_bytes: int = Field(description="what it was allowed to hold beside the interpreter and torch")
     planned_peak_bytes: int = Field(description="what its largest module holds at most")
     process_peak_bytes: int | None = Field(
-        description="the most that the process held so far, interpreter, torch and file pages included; "
-        "null on Windows"
+        description="the most that the process held so far, interpreter, torch and file pages included; null on Windows"
     )
 
 

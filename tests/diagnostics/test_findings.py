@@ -119,24 +119,36 @@ def test_a_weight_counts_in_the_norm() -> None:
 
 
 def test_shared_spaces_are_told_with_their_layers_and_for_each_side() -> None:
-    shares = update_of(LEFT[:, 6:8], (4, 1), RIGHT[:, :2])
+    shares = update_of(LEFT[:, :2], (4, 1), RIGHT[:, 6:8])
     modules = {
         f"layers.{layer}.q": {"a": along(0), "b": shares if layer >= 2 else along(2), "c": along(4)}
         for layer in range(5)
     }
     found = diagnosed_modules(modules, **ALL)
-    own = finding(found, "shared_subspace")
-    assert own.message.startswith("the row spaces of adapter#1 and adapter#2 overlap 1.00 in 3 modules (layers 2-4, q)")
+    own = finding(found, "shared_columns")
+    assert own.message.startswith(
+        "the column spaces of adapter#1 and adapter#2 overlap 1.00 in 3 modules (layers 2-4, q)"
+    )
     assert own.modules == tuple(f"layers.{layer}.q" for layer in (2, 3, 4))
     assert (own.severity, own.inputs) == ("notice", ("adapter#1", "adapter#2"))
     assert "joint" in own.advice
     both = diagnosed({"a": along(0), "b": update_of(LEFT[:, :2], (1, 4), RIGHT[:, :2])}, **ALL)
-    assert rules(both).count("shared_subspace") == 2
+    assert {"shared_columns", "shared_rows"} <= {*rules(both)}
+
+
+def test_shared_rows_are_told_and_nothing_is_advised() -> None:
+    """Adapters of one seed share them."""
+    found = diagnosed({"a": along(0), "b": update_of(LEFT[:, 6:8], (4, 1), RIGHT[:, :2])}, **ALL)
+    own = finding(found, "shared_rows")
+    assert own.severity == "info"
+    assert own.message.startswith("the row spaces of adapter#1 and adapter#2 overlap 1.00")
+    assert "the same random A" in own.advice
+    assert "shared_columns" not in rules(found)
 
 
 def test_a_method_in_joint_coordinates_needs_no_advice_about_shared_spaces() -> None:
-    shares = update_of(LEFT[:, 6:8], (4, 1), RIGHT[:, :2])
-    own = finding(diagnosed({"a": along(0), "b": shares}, space="joint", **ALL), "shared_subspace")
+    shares = update_of(LEFT[:, :2], (4, 1), RIGHT[:, 6:8])
+    own = finding(diagnosed({"a": along(0), "b": shares}, space="joint", **ALL), "shared_columns")
     assert (own.severity, own.advice) == ("info", "what they share is merged as such already")
 
 
@@ -153,7 +165,7 @@ def test_an_overlap_that_chance_gives_is_none() -> None:
     }
     found = diagnosed(updates, **ALL)
     assert found.pairs.row_overlaps[0][1] > 0.8  # type: ignore[operator]
-    assert "shared_subspace" not in rules(found)
+    assert not {"shared_columns", "shared_rows"} & {*rules(found)}
 
 
 def test_signs_against_each_other_are_told_above_those_of_unrelated_updates() -> None:
@@ -209,7 +221,7 @@ def test_every_rule_is_described_in_the_reference() -> None:
     """By the names that this file finds; a rule without a test would be missing here."""
     page = Path(__file__).parents[2].joinpath("docs/reference/findings.md").read_text(encoding="utf-8")
     source = Path(RULES[0].__code__.co_filename).read_text(encoding="utf-8")
-    names = {line.split('"')[1] for line in source.splitlines() if line.strip().startswith("rule=")}
+    names = {line.split('"')[1] for line in source.splitlines() if line.strip().startswith('rule="')}
     tested = Path(__file__).read_text(encoding="utf-8") + Path(__file__).with_name("test_diagnose.py").read_text()
     assert len(names) >= len(RULES)
     for name in names:

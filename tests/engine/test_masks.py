@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from mergekit_lowrank import merge, plan
+from mergekit_lowrank.testing import write_tiny_adapter
 from tests.engine.makers import adapters, recipe_of
 
 
@@ -47,3 +50,15 @@ def test_another_seed_gives_other_masks(tmp_path) -> None:
 def test_methods_for_two_models_say_how_many_were_given(tmp_path, method, count) -> None:
     with pytest.raises(Exception, match=f"'{method}' merges exactly 2 models, and the recipe gives {count}"):
         merge(recipe_of(adapters(tmp_path, count), method))
+
+
+def test_labels_do_not_depend_on_where_paths_start_from(tmp_path, monkeypatch) -> None:
+    """The recipe in the output names the inputs from there."""
+    paths = [write_tiny_adapter(tmp_path / name, {"layers.0.q": (6, 5)}) for name in ("a0", "sub/a0")]
+    (tmp_path / "elsewhere").mkdir()
+    found = []
+    for start in (tmp_path, tmp_path / "elsewhere", tmp_path / "sub"):
+        monkeypatch.chdir(start)
+        for names in ([os.path.relpath(path) for path in paths], [str(path) for path in paths]):
+            found.append([entry["label"] for entry in plan(recipe_of(names)).to_dict()["inputs"]])
+    assert found == [["a0", "sub/a0"]] * 6

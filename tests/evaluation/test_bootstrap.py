@@ -6,7 +6,8 @@ import operator
 import numpy as np
 import pytest
 
-from mergekit_lowrank.evaluation import EvaluationError, Outcome
+from mergekit_lowrank.errors import EvaluationError
+from mergekit_lowrank.evaluation import Outcome
 from mergekit_lowrank.evaluation.bootstrap import Sample, combined, divided, mean_of, samples_of
 from mergekit_lowrank.evaluation.comparing import mean_row, row_of
 from mergekit_lowrank.evaluation.outcomes import as_outcome

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mergekit_lowrank import Adapter, MergeError, OutputError, RecipeError, Reporter, merge
-from mergekit_lowrank.evaluation import Evaluation, EvaluationError, evaluate, load_tasks, table
+from mergekit_lowrank.errors import EvaluationError
+from mergekit_lowrank.evaluation import Evaluation, evaluate, load_tasks, table
 from tests.cli.builders import tensors, write_adapter
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mergekit_lowrank import RecipeError
-from mergekit_lowrank.evaluation import EvaluationError, Outcome, load_tasks
+from mergekit_lowrank.errors import EvaluationError
+from mergekit_lowrank.evaluation import Outcome, load_tasks
 from mergekit_lowrank.evaluation.evaluators import evaluators_of
 
 ADAPTER = Path("/adapters/math")
