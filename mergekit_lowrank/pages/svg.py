@@ -32,6 +32,8 @@ NAMELESS = "-"
 PRINTED_FINE = 10
 """Numbers from here on are printed with one decimal."""
 
+LEAST_WRITTEN_OUT = 1e-3
+"""Ticks below are powers, such as 1e-4."""
 PLOT_WIDTH, PLOT_HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
 TICKS = 5
@@ -317,7 +319,12 @@ def _y_ticks(y: _Axis) -> Iterator[Markup]:
     for tick in y.ticks():
         yield Markup(
             '<path class="tick" d="M{} {:.1f}H{}"/><text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
-        ).format(LEFT, y.place(tick), PLOT_WIDTH - RIGHT, LEFT - 6, y.place(tick) + 4, number(tick))
+        ).format(LEFT, y.place(tick), PLOT_WIDTH - RIGHT, LEFT - 6, y.place(tick) + 4, _tick(tick))
+
+
+def _tick(value: float) -> str:
+    """The number, in the few places there are beside the axis."""
+    return number(value) if value == 0 or abs(value) >= LEAST_WRITTEN_OUT else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _x_ticks(longest: int) -> Iterator[Markup]:
