@@ -50,7 +50,11 @@ class ProgressBar(Reporter):
                 with tqdm.external_write_mode(sys.stderr):
                     _write(event.message)
             case SurveyRound():
-                self._show(f"{event.stage}, round {event.round}", event.modules).update()
+                title = f"{event.stage}, round {event.round}"
+                if self._is_shown(title):
+                    self._show(title, event.modules).update()
+                else:  # told when its first module is done: the time counts from there, and so does what is left
+                    self._show(title, event.modules, 1)
             case ModuleMerged():
                 self._show("merge", self._modules).update()
 
@@ -60,8 +64,11 @@ class ProgressBar(Reporter):
             self._bar.close()
         self._bar = None
 
+    def _is_shown(self, title: str) -> bool:
+        return self._bar is not None and self._title == title
+
     def _show(self, title: str, modules: int, finished: int = 0) -> _Bar:
-        if self._bar is None or self._title != title:
+        if self._bar is None or not self._is_shown(title):
             self.close()
             self._title, self._bar = title, _bar_of(title, modules, finished)
         return self._bar

@@ -179,7 +179,8 @@ def test_the_limit_has_its_components_and_leaves_no_file(paths: list[str], tmp_p
 def test_a_merge_is_measured_with_its_bytes_and_deleted(paths: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = ours.merged(ours.METHODS["linear"].recipe(paths, RANK), str(out))
-    assert found["bytes_read"] > found["bytes_written"] > 0
+    assert found["bytes_read"] > 0
+    assert found["bytes_written"] > 0
     assert not out.exists()
 
 

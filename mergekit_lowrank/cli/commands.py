@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 PROGRAM = "mergekit-lowrank"
 SHELLS = ("bash", "zsh", "fish")
-SCHEMAS = ("recipe", "report", "comparison", "diagnosis", "verification", "manifest", "evaluation")
+SCHEMAS = ("recipe", "report", "comparison", "diagnosis", "verification", "manifest", "evaluation", "tasks")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -417,7 +417,7 @@ def plugins(as_json: bool) -> None:
     ),
     options_metavar="OUT | A B  [OPTIONS]",
 )
-@click.argument("outputs", nargs=-1, required=True, metavar="")
+@click.argument("outputs", nargs=-1, metavar="")
 @click.option("-o", "--output", "page", metavar="FILE", help="The page to write. [OUT/report.html; of A and B none]")
 @click.option("--interactive", is_flag=True, help="Draw with Plotly, inside the page: zoom, and lines to switch off.")
 @click.option("--png", metavar="DIR", help="Write each figure as a PNG file too.")
@@ -431,7 +431,7 @@ def report(verbosity: Verbosity, /, outputs: tuple[str, ...], **settings: Any) -
 
     Of A and B: what their recipes say differently, and how far the updates are apart, exactly, from the factors.
     """
-    if len(outputs) > 2:
+    if not 1 <= len(outputs) <= 2:
         raise click.UsageError(f"expected one output or two, found {len(outputs)}")
     from mergekit_lowrank.cli.reporting import run_report
 

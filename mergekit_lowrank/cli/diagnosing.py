@@ -14,9 +14,11 @@ from mergekit_lowrank.cli.tables import aligned, fields, one_line, spans
 from mergekit_lowrank.diagnostics import Diagnosis, ModuleDiagnosis, diagnose
 from mergekit_lowrank.diagnostics.diagnosis import Matrix
 from mergekit_lowrank.diagnostics.wording import percent
+from mergekit_lowrank.errors import OutputError
 from mergekit_lowrank.events import Reporter
 from mergekit_lowrank.formats import write_text
 from mergekit_lowrank.inspection.headers import span
+from mergekit_lowrank.lowrank import independent_conflict
 from mergekit_lowrank.recipe import bytes_of
 from mergekit_lowrank.report.grid import layer_and_kind
 
@@ -61,6 +63,8 @@ def run_diagnose(
     reporters: Sequence[Reporter],
 ) -> None:
     """Diagnose, and print the tables or the JSON; with ``html`` write the page too."""
+    if html is not None:
+        _check_place(Path(html))
     found = diagnose(
         request.load(),
         memory_bytes=bytes_of(memory),
@@ -70,11 +74,20 @@ def run_diagnose(
         strict=strict,
         reporters=reporters,
     )
+    click.echo(found.to_json() if as_json else "\n".join(_lines(found)), nl=not as_json)
     if html is not None:
         from mergekit_lowrank.diagnostics.page import diagnosis_page
 
         write_text(Path(html), diagnosis_page(found))
-    click.echo(found.to_json() if as_json else "\n".join(_lines(found)), nl=not as_json)
+        click.echo(f"wrote {html}", err=True)
+
+
+def _check_place(page: Path) -> None:
+    """Raise what would only be found when all is measured."""
+    if page.is_dir():
+        raise OutputError(f"{page}: is a directory; name the file to write the page into")
+    if not page.parent.is_dir():
+        raise OutputError(f"{page}: its directory does not exist; make it first, or name another file")
 
 
 def _lines(found: Diagnosis) -> Iterator[str]:
@@ -172,6 +185,9 @@ def _facts(found: Diagnosis) -> Iterator[tuple[str, str]]:
     if found.sign_conflict is not None:
         how = "4,096 entries of large modules" if found.sampled else "all entries"
         yield "signs", f"{percent(found.sign_conflict, 1)} of all that is added is against the sign that wins ({how})"
+        chance = independent_conflict([own.weighted_norm for own in found.inputs])
+        if chance is not None:
+            yield "", f"independent inputs of these sizes would have {percent(chance, 1)}"
     if found.core_overlap is not None:
         rows, columns = found.core_overlap
         yield "core overlap", f"{rows:.2f} of rows, {columns:.2f} of columns (subspace alignment ratio)"

@@ -9,10 +9,13 @@ import click
 
 from mergekit_lowrank.cli.group import INTERRUPTED, Stopped
 from mergekit_lowrank.cli.tables import aligned
+from mergekit_lowrank.errors import EvaluationError
 from mergekit_lowrank.evaluation import Comparison, Evaluation, evaluate, table
 from mergekit_lowrank.events import Reporter
 
 __all__ = ["run_evaluate"]
+
+ADVICE = "add -o FILE so that finished runs are kept"
 
 
 def run_evaluate(
@@ -41,8 +44,13 @@ def run_evaluate(
             timeout=timeout,
             reporters=reporters,
         )
+    except EvaluationError as error:
+        if output is not None:
+            raise
+        raise EvaluationError(f"{error}\n{ADVICE}") from error
     except KeyboardInterrupt as error:
-        kept = f"the runs so far are in {output}; run the same command again to go on" if output else "nothing is kept"
+        so_far = f"the runs so far are in {output}; run the same command again to go on"
+        kept = so_far if output else f"nothing is kept; {ADVICE}"
         raise Stopped(INTERRUPTED, f"interrupted: {kept}") from error
     if as_json:
         click.echo(found.to_json(), nl=False)

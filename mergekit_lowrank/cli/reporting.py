@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from mergekit_lowrank.cli.tables import aligned, fields
 from mergekit_lowrank.errors import OutputError
-from mergekit_lowrank.formats import PAGE_NAME, write_text, writing
+from mergekit_lowrank.formats import PAGE_NAME, writing
 from mergekit_lowrank.pages import Figure, svg
 from mergekit_lowrank.pages.interactive import interactive as plotly
 from mergekit_lowrank.pages.interactive import with_plotly
@@ -20,7 +20,7 @@ from mergekit_lowrank.report import Report
 from mergekit_lowrank.report.comparison import Difference, MergeComparison, compare_merges
 from mergekit_lowrank.report.comparison_page import comparison_figures, comparison_page
 from mergekit_lowrank.report.figures import figures_of
-from mergekit_lowrank.report.outputs import refuse_sweep
+from mergekit_lowrank.report.outputs import require_merge
 from mergekit_lowrank.report.page import merge_page
 
 __all__ = ["run_report"]
@@ -42,6 +42,7 @@ def run_report(
     target = subject.page if page is None else Path(page)
     directories = [(Path(directory), suffix) for directory, suffix in ((png, ".png"), (pdf, ".pdf")) if directory]
     images = {directory / f"{own.key}{suffix}": own for directory, suffix in directories for own in subject.figures}
+    _refuse_files(directory for directory, _ in directories)
     if not overwrite:
         _refuse([*([] if page is None else [Path(page)]), *images])
     if target is not None:
@@ -76,7 +77,7 @@ class _Subject:
 
 
 def _one(directory: Path) -> _Subject:
-    refuse_sweep(directory)
+    require_merge(directory)
     report = Report.read(directory)
     return _Subject(
         figures_of(report), lambda draw: merge_page(directory, draw=draw), directory / PAGE_NAME, report.to_json(), ""
@@ -94,9 +95,18 @@ def _both(a: str, b: str) -> _Subject:
 def _put(path: Path, text: str) -> None:
     """Write a file that is whole at every moment: beside its place, then renamed."""
     partial = path.with_name(f".{path.name}.partial")
-    write_text(partial, text)
     with writing(path):
-        partial.replace(path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _refuse_files(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory}: is no directory; expected one to write images into. Choose another path.")
 
 
 def _refuse(paths: Sequence[Path]) -> None:

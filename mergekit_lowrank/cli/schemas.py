@@ -18,7 +18,8 @@ MODELS: Mapping[str, tuple[str, str]] = {
     "manifest": ("report.manifest", "Manifest"),
     "verification": ("verification", "Verification"),
 }
-"""The room and the name of the model of each kind; recipe and report have functions of their own."""
+"""The room and the name of the model of each kind; recipe and report have functions of their own, and
+tasks are read, not written."""
 
 
 def run_schema(kind: str) -> None:
@@ -27,10 +28,17 @@ def run_schema(kind: str) -> None:
 
 
 def _schema(kind: str) -> dict[str, Any]:
-    from mergekit_lowrank.recipe import recipe_schema
+    if kind == "recipe":  # without what the others load
+        from mergekit_lowrank.recipe import recipe_schema
+
+        return recipe_schema()
     from mergekit_lowrank.report.schemas import json_schema, report_schema
 
+    if kind == "tasks":
+        from mergekit_lowrank.evaluation import Tasks
+
+        return json_schema(Tasks, "validation")
     if kind in MODELS:
         room, name = MODELS[kind]
         return json_schema(getattr(importlib.import_module(f"mergekit_lowrank.{room}"), name))
-    return recipe_schema() if kind == "recipe" else report_schema()
+    return report_schema()

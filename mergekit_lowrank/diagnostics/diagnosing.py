@@ -64,16 +64,17 @@ def diagnose(
     registry, whole = registry or Registry.load(), as_recipe(recipe)
     scheduler = executor_of(registry, whole, executor, workers)
     plans = plans_of(whole, registry, scheduler.workers, memory_bytes, strict=strict)
-    if list(plans) != [""]:
+    if len(plans) > 1:
         raise MergeError(
             f"this recipe is a sweep of {len(plans)} variants, and a diagnosis is of one merge; take the key "
             "sweep out, or leave one value in it"
         )
+    (plan,) = plans.values()
     pool = DevicePool(select_devices(device or whole.execution.device or "auto"), whole.execution.vram_bytes)
     followers = Followers([*reporters, *(cls() for cls in registry.reporters.values())])
     with closing(followers), closing(scheduler):
-        modules = _measured(plans[""], scheduler, pool, followers)
-    return _diagnosis(plans[""], modules, followers.warnings)
+        modules = _measured(plan, scheduler, pool, followers)
+    return _diagnosis(plan, modules, followers.warnings)
 
 
 def _measured(plan: Plan, scheduler: Executor, pool: DevicePool, followers: Followers) -> list[ModuleDiagnosis]:

@@ -9,7 +9,7 @@ from itertools import combinations
 from statistics import median
 from typing import Literal
 
-from mergekit_lowrank.diagnostics.diagnosis import Diagnosis, Finding, Matrix, ModuleDiagnosis
+from mergekit_lowrank.diagnostics.diagnosis import Diagnosis, Finding, InputDiagnosis, Matrix, ModuleDiagnosis
 from mergekit_lowrank.diagnostics.overall import common_modules, mean, weighted_energy
 from mergekit_lowrank.diagnostics.wording import NAMED, counted, named, others, percent, short
 
@@ -18,9 +18,12 @@ __all__ = ["RULES", "findings_of"]
 DUPLICATE = 0.999
 """Cosine over all modules. An adapter that was rounded to bfloat16 has 0.99999 with itself."""
 OPPOSED = -0.2
-"""Cosine of the weighted updates: at it the sum of two equal ones has lost a fifth of its energy."""
+"""2<x, y> / (‖x‖² + ‖y‖²) of the weighted updates, their cosine if both are as long: the sum has lost a fifth of its
+energy."""
 DOMINATES, DRAWS_ATTENTION = 10.0, 3.0
 """Weighted norm over the median of the others'. Above 10 each of the others has less than a hundredth of its energy."""
+NEARLY_ZERO = 1e3
+"""Beyond this ratio of norms no weight is advised: one of the two is a mistake."""
 OVERLAPS = 0.5
 """Mean cos² of principal angles: half of the directions of the smaller space are in the other one."""
 BY_CHANCE = 2.0
@@ -65,6 +68,17 @@ def _zero_inputs(diagnosis: Diagnosis) -> Iterator[Finding]:
                 advice="look whether it is the checkpoint you meant: B is zero before the first step of a training; "
                 "else take it out, since means divide by its weight too",
             )
+        elif own.weighted_norm == 0:
+            is_all = not any(other.weighted_norm for other in diagnosis.inputs)
+            yield Finding(
+                rule="zero_weight",
+                severity="warning" if is_all else "notice",
+                message=f"{own.label} has a weight of 0 in every module: it changes nothing"
+                + (", as all other inputs: the merge is zero" if is_all else ""),
+                inputs=(own.label,),
+                numbers={"norm": own.norm},
+                advice="give it a weight, or take it out: means divide by its place in the recipe too",
+            )
         elif zeros:
             yield Finding(
                 rule="zero_modules",
@@ -79,15 +93,20 @@ def _zero_inputs(diagnosis: Diagnosis) -> Iterator[Finding]:
 
 def _duplicates(diagnosis: Diagnosis) -> Iterator[Finding]:
     pairs = [pair for pair in _pairs(diagnosis, diagnosis.pairs.cosines) if pair.value >= DUPLICATE]
+    pairs = [pair for pair in pairs if _norm_ratio(diagnosis, pair)]
     if pairs:
         first = max(pairs, key=lambda pair: pair.value)
         s, t = (diagnosis.inputs[k] for k in (first.s, first.t))
-        ratio = s.norm / t.norm
+        common = [(module.module, module.norms[i], module.norms[j]) for module, i, j in _common(diagnosis, first)]
+        ratio = math.hypot(*(own for _, own, _ in common)) / math.hypot(*(own for _, _, own in common))
         size = "" if math.isclose(ratio, 1, rel_tol=1e-3) else f", at {short(ratio)} times the norm"
+        is_part = len(common) < len(diagnosis.modules)
+        where = f" in {_where([name for name, _, _ in common], diagnosis)}, all that both have" if is_part else ""
         yield Finding(
             rule="duplicate_inputs",
             severity="warning",
-            message=f"{s.label} and {t.label} are the same update{size} (cosine {first.value:.4f}){_others(pairs)}",
+            message=f"{s.label} and {t.label} are the same update{where}{size} (cosine {first.value:.4f})"
+            f"{_others(pairs)}",
             inputs=_labels(pairs, diagnosis),
             numbers={"cosine": first.value, "norm_ratio": ratio, "pairs": len(pairs)},
             advice="keep one of them, or it counts twice",
@@ -95,7 +114,7 @@ def _duplicates(diagnosis: Diagnosis) -> Iterator[Finding]:
 
 
 def _opposed(diagnosis: Diagnosis) -> Iterator[Finding]:
-    pairs = [pair for pair in _weighted_cosines(diagnosis) if pair.value <= OPPOSED]
+    pairs = [*_cancelling(diagnosis)]
     if pairs:
         first = min(pairs, key=lambda pair: pair.value)
         s, t = (diagnosis.inputs[k] for k in (first.s, first.t))
@@ -118,27 +137,26 @@ def _opposed(diagnosis: Diagnosis) -> Iterator[Finding]:
 
 
 def _dominating(diagnosis: Diagnosis) -> Iterator[Finding]:
-    for own in diagnosis.inputs:
-        others = [other.weighted_norm for other in diagnosis.inputs if other is not own and other.weighted_norm]
-        ratio = own.weighted_norm / median(others) if others else 0.0
-        if ratio >= DRAWS_ATTENTION:
-            level = own.weights[1] / ratio
-            yield Finding(
-                rule="dominating_norm",
-                severity="warning" if ratio >= DOMINATES else "notice",
-                message=f"{own.label}, times its weight, has {short(ratio)} × the norm of the others (their median) "
-                f"and {percent(own.share or 0)} of the energy",
-                inputs=(own.label,),
-                numbers={"ratio": ratio, "share": own.share or 0.0, "levelling_weight": level},
-                advice=f"normalise, or it dominates: a weight of {short(level)} gives it the norm of the others; look "
-                "at its alpha too, which may be counted twice",
-            )
+    for own, ratio in _dominators(diagnosis).values():
+        yield Finding(
+            rule="dominating_norm",
+            severity="warning" if ratio >= DOMINATES else "notice",
+            message=f"{own.label}, times its weight, has {short(ratio)} × the norm of the others (their median) "
+            f"and {percent(own.share or 0)} of the energy",
+            inputs=(own.label,),
+            numbers={"ratio": ratio, "share": own.share or 0.0, "levelling_factor": 1 / ratio},
+            advice=f"normalise, or it dominates: {_levelled(own, ratio)}; look at its alpha too, which may be counted "
+            "twice",
+        )
 
 
 def _vanishing(diagnosis: Diagnosis) -> Iterator[Finding]:
+    """Beside one that dominates the others are small, not vanishing; so it does not count."""
+    dominators = _dominators(diagnosis)
     for own in diagnosis.inputs if len(diagnosis.inputs) > 2 else ():
-        others = [other.weighted_norm for other in diagnosis.inputs if other is not own]
-        ratio = own.weighted_norm / median(others) if median(others) else 1.0
+        others = [o.weighted_norm for o in diagnosis.inputs if o is not own and o.label not in dominators]
+        usual = median(others) if others else 0.0
+        ratio = own.weighted_norm / usual if usual else 1.0
         if 0 < ratio <= 1 / DOMINATES:
             yield Finding(
                 rule="vanishing_norm",
@@ -146,9 +164,31 @@ def _vanishing(diagnosis: Diagnosis) -> Iterator[Finding]:
                 message=f"{own.label}, times its weight, has 1/{short(1 / ratio)} of the norm of the others (their "
                 "median): little of it will be left",
                 inputs=(own.label,),
-                numbers={"ratio": ratio, "share": own.share or 0.0, "levelling_weight": own.weights[1] / ratio},
-                advice=f"a weight of {short(own.weights[1] / ratio)} gives it the norm of the others",
+                numbers={"ratio": ratio, "share": own.share or 0.0, "levelling_factor": 1 / ratio},
+                advice=_levelled(own, ratio),
             )
+
+
+def _dominators(diagnosis: Diagnosis) -> dict[str, tuple[InputDiagnosis, float]]:
+    """By label, those that stand out, with their weighted norm over the median of the others'."""
+    found = {}
+    for own in diagnosis.inputs:
+        others = [other.weighted_norm for other in diagnosis.inputs if other is not own and other.weighted_norm]
+        ratio = own.weighted_norm / median(others) if others else 0.0
+        if ratio >= DRAWS_ATTENTION:
+            found[own.label] = own, ratio
+    return found
+
+
+def _levelled(own: InputDiagnosis, ratio: float) -> str:
+    low, high = own.weights
+    if max(ratio, 1 / ratio) > NEARLY_ZERO:
+        return (
+            "so far apart, one side is nearly zero: look whether it was trained, and at its scaling, before any weight"
+        )
+    if low == high:
+        return f"a weight of {short(high / ratio)} gives it the norm of the others"
+    return f"its weights times {short(1 / ratio)} give it the norm of the others"
 
 
 def _shared_columns(diagnosis: Diagnosis) -> Iterator[Finding]:
@@ -197,7 +237,8 @@ def _overlapping(diagnosis: Diagnosis, pair: _Pair, side: str) -> dict[str, floa
 def _shared_subspace(
     diagnosis: Diagnosis, side: Literal["row", "column"], *, rule: str, severity: Literal["info", "notice"], advice: str
 ) -> Iterator[Finding]:
-    places = {pair: _overlapping(diagnosis, pair, side) for pair in _pairs(diagnosis, diagnosis.pairs.cosines)}
+    pairs = [pair for pair in _pairs(diagnosis, diagnosis.pairs.cosines) if abs(pair.value) < DUPLICATE]
+    places = {pair: _overlapping(diagnosis, pair, side) for pair in pairs}
     found = {pair: where for pair, where in places.items() if where}
     if not found:
         return
@@ -222,6 +263,7 @@ def _sign_conflicts(diagnosis: Diagnosis) -> Iterator[Finding]:
         pair
         for pair in _pairs(diagnosis, diagnosis.pairs.sign_conflicts)
         if pair.value - 0.5 > max(CONFLICTS, ERRORS * _sign_error(diagnosis, pair))
+        and _norm_ratio(diagnosis, pair) * DOMINATES >= 1
     ]
     if pairs:
         first = max(pairs, key=lambda pair: pair.value)
@@ -256,20 +298,15 @@ def _turned_tails(diagnosis: Diagnosis) -> Iterator[Finding]:
     if turned:
         own, head, tail = min(turned, key=lambda entry: entry[2] - entry[1])
         more = f"; so are those of {named([other.label for other, _, _ in turned if other is not own])}"
-        advice = (
-            "this is robustmerge already: diagnose task_arithmetic too, and see whether a plain sum turns them less"
-            if diagnosis.method == "robustmerge"
-            else "try robustmerge, which lifts weak directions before it adds, and diagnose it: what counts is whether "
-            "these cosines rise"
-        )
         yield Finding(
             rule="turned_tail",
-            severity="notice",
+            severity="info",
             message=f"the weak singular directions of {own.label} are turned far more than its strong ones: cosine "
             f"{tail:.2f} against {head:.2f} in what {diagnosis.method} makes of it{more if len(turned) > 1 else ''}",
             inputs=tuple(entry[0].label for entry in turned),
             numbers={"head": head, "tail": tail, "gap": own.gap or 0.0, "inputs": len(turned)},
-            advice=advice,
+            advice="so it is with most trained adapters. robustmerge means to keep weak directions: diagnose it and "
+            "task_arithmetic, and evaluate where these cosines differ",
         )
 
 
@@ -378,17 +415,26 @@ def _common(diagnosis: Diagnosis, pair: _Pair) -> Iterator[tuple[ModuleDiagnosis
     return common_modules(diagnosis.inputs[pair.s].label, diagnosis.inputs[pair.t].label, diagnosis.modules)
 
 
-def _weighted_cosines(diagnosis: Diagnosis) -> Iterator[_Pair]:
-    """Those of the updates times their weights, over all common modules: a negative weight turns an update round."""
+def _norm_ratio(diagnosis: Diagnosis, pair: _Pair) -> float:
+    """The smaller weighted norm over the larger; 0 where either is zero."""
+    low, high = sorted(diagnosis.inputs[place].weighted_norm for place in (pair.s, pair.t))
+    return low / high if high else 0.0
+
+
+def _cancelling(diagnosis: Diagnosis) -> Iterator[_Pair]:
+    """Pairs x, y of updates times weights with 2<x, y> / (‖x‖² + ‖y‖²) ≤ −0.2, over all common modules; their cosines.
+
+    So much of their energy the sum loses. A negative weight turns an update round.
+    """
     for pair in _pairs(diagnosis, diagnosis.pairs.cosines):
         products, first, second = [], [], []
         for module, i, j in _common(diagnosis, pair):
             first.append(module.weights[i] * module.norms[i])
             second.append(module.weights[j] * module.norms[j])
             products.append((module.cosines[i][j] or 0.0) * first[-1] * second[-1])
-        size = math.hypot(*first) * math.hypot(*second)
-        if size:
-            yield _Pair(pair.s, pair.t, math.fsum(products) / size)
+        x, y, product = math.hypot(*first), math.hypot(*second), math.fsum(products)
+        if x and y and 2 * product <= OPPOSED * (x * x + y * y):
+            yield _Pair(pair.s, pair.t, product / (x * y))
 
 
 def _sign(number: float) -> float:

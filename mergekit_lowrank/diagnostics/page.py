@@ -9,7 +9,9 @@ from typing import TypeAlias
 from markupsafe import Markup
 
 from mergekit_lowrank.diagnostics.diagnosis import Diagnosis, Matrix, ModuleDiagnosis, Vector
+from mergekit_lowrank.lowrank import independent_conflict
 from mergekit_lowrank.pages import Bars, Figure, Heatmap, html_table, number, render, svg
+from mergekit_lowrank.report.figures import COSINES, around, chance_text
 from mergekit_lowrank.report.grid import NO_LAYER, grid, layer_and_kind
 
 __all__ = ["diagnosis_figures", "diagnosis_page"]
@@ -18,8 +20,6 @@ Draw: TypeAlias = Callable[[Figure], Markup]
 KeyNumber: TypeAlias = tuple[str, str, str]
 WHOLE = (0.0, 1.0)
 PERCENT = (0.0, 100.0)
-BY_LAYER = "Each row is a module type, each column a layer."
-OF_MODULES = "Mean over the modules, weighted with the squared norm of the input's update."
 
 
 def diagnosis_page(diagnosis: Diagnosis, *, draw: Draw = svg) -> str:
@@ -62,6 +62,7 @@ def _shares(diagnosis: Diagnosis) -> Bars:
         diagnosis.labels,
         tuple(_percent(own.share) for own in diagnosis.inputs),
         unit="%",
+        whole=100.0,
     )
 
 
@@ -145,9 +146,9 @@ def _of_modules(diagnosis: Diagnosis) -> Iterator[Heatmap]:
         key: str, title: str, description: str, value: Callable[[ModuleDiagnosis], float | None], **look: object
     ) -> Heatmap:
         rows, columns, values = grid(names, [*map(value, diagnosis.modules)])
-        text = f"{description} {BY_LAYER}"
-        return Heatmap(f"modules-{key}", title, text, rows, columns, values, column_label="layer", **look)  # type: ignore[arg-type]
+        return Heatmap(f"modules-{key}", title, description, rows, columns, values, column_label="layer", **look)  # type: ignore[arg-type]
 
+    chance = _chance_of_conflict(diagnosis)
     if len(diagnosis.inputs) > 1:
         yield by_layer(
             "cosines",
@@ -155,6 +156,7 @@ def _of_modules(diagnosis: Diagnosis) -> Iterator[Heatmap]:
             "The mean over all pairs of inputs.",
             lambda own: _mean_of_pairs(own.cosines),
             centre=0.0,
+            span=COSINES,
         )
         yield by_layer(
             "row-overlaps",
@@ -174,9 +176,10 @@ def _of_modules(diagnosis: Diagnosis) -> Iterator[Heatmap]:
             "sign-conflict",
             "Sign conflict",
             "The share of all that is added which stands against the sign of its entry's sum: 0 % where all pull the "
-            "same way, 50 % where they cancel.",
+            f"same way, 50 % where they cancel.{chance_text(chance)}",
             lambda own: _percent(own.sign_conflict),
             unit="%",
+            span=around(chance),
         )
     yield by_layer(
         "kept-energy",
@@ -215,7 +218,7 @@ def _of_inputs(diagnosis: Diagnosis) -> Iterator[Heatmap]:
                 diagnosis,
                 f"inputs-{name}-{key}",
                 f"{title}, {how}",
-                f"{description} {OF_MODULES}",
+                description,
                 _means_at(diagnosis, place, values),
                 limits=limits,
                 column_label=label,
@@ -278,6 +281,10 @@ def _layer(module: str) -> str:
     return NO_LAYER if layer is None else str(layer)
 
 
+def _chance_of_conflict(diagnosis: Diagnosis) -> float | None:
+    return independent_conflict([own.weighted_norm for own in diagnosis.inputs])
+
+
 def _mean_of_pairs(table: Matrix) -> float | None:
     values = _pairs(table)
     return sum(values) / len(values) if values else None
@@ -311,11 +318,13 @@ def _key_numbers(diagnosis: Diagnosis) -> Iterator[KeyNumber]:
         if values:
             mean, low, high = (_rounded(value) for value in (sum(values) / len(values), min(values), max(values)))
             yield name, mean, f"of pairs, from {low} to {high}"
-    if diagnosis.sign_conflict is not None and len(diagnosis.inputs) > 1:
-        yield "Sign conflict", number(100 * diagnosis.sign_conflict, "%"), "of all that is added; 50 % cancels"
+    chance = _chance_of_conflict(diagnosis)
+    if diagnosis.sign_conflict is not None and chance is not None:
+        independent = f"independent inputs: {number(100 * chance, '%')}; 50 % cancels"
+        yield "Sign conflict", number(100 * diagnosis.sign_conflict, "%"), independent
     if diagnosis.core_overlap is not None:
         rows, columns = diagnosis.core_overlap
-        yield "Core overlap", f"{rows:.2f}", f"of rows; {columns:.2f} of columns"
+        yield "Core overlap", f"{rows:.2f}", f"of rows, {columns:.2f} of columns; the lower, the less inputs meet"
 
 
 def _rounded(value: float) -> str:

@@ -34,6 +34,7 @@ from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
 
 __all__ = [
+    "ARBITRARY_CUT",
     "Encodings",
     "MergedInputs",
     "MergedModule",
@@ -52,6 +53,10 @@ SCRATCH_ABOVE_BYTES = 1 << 20
 """Smaller matrices stay in memory: they are less than what is allowed for itself to each worker."""
 ENERGY_SHARE = 0.99
 """The share for which the record names the rank that would keep it."""
+ARBITRARY_CUT = "cut between equal singular values"
+"""Begins the warning of a module whose result depends on rounding, and so on the machine."""
+EQUAL = 1e-5
+"""Singular values that differ by less, relative to each other, are equal up to rounding in float32."""
 SHOWN_VALUES = 64
 """Singular values in the record: as many as one looks at in a figure."""
 
@@ -339,7 +344,8 @@ def merge_module(plan: Plan, module: ModulePlan, encodings: Encodings, survey: S
         factors = _stored(_as_adapter(plan, module, compressed.factors), module, plan.out_dtype)
         stored, written = factors, factors.to(encodings.device, plan.compute_dtype)
     record = _record(plan, module, merged.inputs, compressed, written, merged.scaling.factor)
-    record |= {"warnings": tuple(_warnings(merged.scaling, record)), "wall_seconds": time.perf_counter() - start}
+    warnings = (*_warnings(merged.scaling, record), *_arbitrary_cut(compressed))
+    record |= {"warnings": warnings, "wall_seconds": time.perf_counter() - start}
     artefacts = merged.artefacts(written) if isinstance(written, LowRankUpdate) else {}
     return MergedModule(module.name, stored, artefacts, ModuleRecord(**record))
 
@@ -354,6 +360,16 @@ def _warnings(scaling: Scaling, record: Mapping[str, Any]) -> Iterator[str]:
         yield scaling.warning
     if record["merged_norm"] == 0 and scaling.factor and any(record["input_norms"]):
         yield "merged to zero, though its inputs are not; the method drops all that they do not agree on"
+
+
+def _arbitrary_cut(compressed: Compressed) -> Iterator[str]:
+    """Of equal singular values any rotation of the directions is as right, so what is kept of them is chance."""
+    rank, values = compressed.rank, compressed.spectrum.values
+    if rank and rank < compressed.spectrum.resolved and values[rank - 1] - values[rank] <= EQUAL * values[rank - 1]:
+        yield (
+            f"{ARBITRARY_CUT} at rank {rank}: which directions are kept depends on rounding, and differs between "
+            "machines; choose output.rank: sum, or another rank"
+        )
 
 
 def _check(merged: Update, module: ModulePlan) -> None:

@@ -83,6 +83,8 @@ def build_plan(
     problems += _over_memory(modules, memory_bytes, overhead)
     problems += over_accepted(recipe, {module.name: module.rank for module in modules})
     factored = [module for module in modules if module.is_factored]
+    if not factored and recipe.output.kind == "adapter":
+        problems.append(_without_factors(inputs))
     problems += under_budget(recipe, [(module.rank, module.bytes_per_rank(stored)) for module in factored])
     tokenizer: dict[str, Path] = {}
     try:
@@ -120,6 +122,14 @@ def build_plan(
     )
     raise_together([*_unloadable(made), *target_problems(made)])
     return replace(made, warnings=(*made.warnings, *target_remarks(made)))
+
+
+def _without_factors(inputs: Sequence[Checkpoint]) -> IncompatibleInputsError:
+    labels = ", ".join(f"'{own.label}'" for own in inputs)
+    return IncompatibleInputsError(
+        f"no module of {labels} has low-rank factors, and an adapter without any does not load; give an input that has "
+        "some, or fold what there is into the base with output: {kind: model}"
+    )
 
 
 _FACTORS_KEPT = (

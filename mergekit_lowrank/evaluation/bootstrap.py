@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -18,7 +18,12 @@ __all__ = ["CONFIDENCE", "Estimate", "Sample", "combined", "divided", "mean_of",
 
 CONFIDENCE = 0.95
 DRAWN_AT_ONCE = 1 << 20
-"""Indices of examples that are held at once."""
+"""Indices of examples, or counts of outcomes, that are held at once."""
+COUNTED_FROM = 1000
+"""Examples from which on outcomes that recur are counted, which is far faster."""
+
+ROUNDING = 1e-9
+"""Means of the same numbers in another order differ by less."""
 
 Array = npt.NDArray[np.float64]
 
@@ -51,12 +56,19 @@ class Sample:
     replicates: Array | None
 
     def estimate(self) -> Estimate:
-        """The value with the percentile interval of its replicates (Efron & Tibshirani 1993, section 13.3)."""
-        if self.replicates is None or not np.isfinite(self.replicates).all():
+        """The value with the percentile interval of its replicates (Efron & Tibshirani 1993, section 13.3).
+
+        It holds the value in any case. There is none where replicates do not vary, which says that examples came out
+        alike, and not how sure that is; but a difference that was zero each time stays the zero that it is.
+        """
+        if self.replicates is None or not np.isfinite(self.replicates).all() or self._is_constant(self.replicates):
             return Estimate(value=self.value, low=None, high=None)
         tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(self.replicates, [tail, 1 - tail])
-        return Estimate(value=self.value, low=float(low), high=float(high))
+        low, high = map(float, np.quantile(self.replicates, [tail, 1 - tail]))
+        return Estimate(value=self.value, low=min(low, self.value), high=max(high, self.value))
+
+    def _is_constant(self, replicates: Array) -> bool:
+        return self.value != 0 and np.allclose(replicates, self.value, rtol=ROUNDING, atol=0)
 
 
 def combined(function: Callable[..., Array | float], *samples: Sample) -> Sample:
@@ -78,6 +90,8 @@ def samples_of(task: str, outcomes: Mapping[str, Outcome], *, resamples: int, se
 
     Examples are drawn with replacement, the same ones for all models, so that differences and ratios are paired. A
     score without examples gets replicates of its own: binomial ones with a count, normal ones with a standard error.
+    Where all answers are right, or wrong, drawing them anew would give the same: the share is then as far off as
+    Clopper & Pearson (Biometrika 26, 1934) have it, for whom n of n right leaves a share of Beta(n, 1).
 
     Args:
         task: its name, which seeds the draws together with ``seed``.
@@ -97,32 +111,50 @@ def samples_of(task: str, outcomes: Mapping[str, Outcome], *, resamples: int, se
     drawn = _drawn([outcomes[name].examples for name in paired], rng, resamples) if paired else ()
     replicates: dict[str, Array] = dict(zip(paired, drawn, strict=True))
     return {
-        name: Sample(outcome.score, replicates.get(name, _assumed(outcome, rng, resamples)))
+        name: Sample(outcome.score, _replicates(outcome, replicates.get(name), rng, resamples))
         for name, outcome in outcomes.items()
     }
+
+
+def _replicates(outcome: Outcome, drawn: Array | None, rng: np.random.Generator, resamples: int) -> Array | None:
+    """Those of one score; None where nothing says how sure it is.
+
+    Args:
+        outcome: with the score.
+        drawn: its means over examples drawn anew, where it has examples.
+        rng: of the draws.
+        resamples: how many replicates.
+    """
+    if len({*outcome.examples}) > 1:
+        return drawn
+    if outcome.stderr and not outcome.examples:
+        return rng.normal(outcome.score, outcome.stderr, resamples)
+    count = len(outcome.examples) or outcome.count
+    if count is not None and outcome.score in (0, 1):
+        return np.abs(outcome.score - rng.beta(1, count, resamples))
+    if outcome.count is not None and not outcome.examples:
+        return rng.binomial(outcome.count, outcome.score, resamples) / outcome.count
+    return None
 
 
 def _drawn(examples: Sequence[Sequence[float]], rng: np.random.Generator, resamples: int) -> Array:
     """(models, resamples): means over examples drawn with replacement."""
     table = np.asarray(examples)
     count = table.shape[1]
-    at_once = max(1, DRAWN_AT_ONCE // count)
-    means = [
-        table[:, rng.integers(0, count, (min(at_once, resamples - start), count))].mean(axis=2)
-        for start in range(0, resamples, at_once)
-    ]
-    return np.concatenate(means, axis=1)
+    distinct, times = np.unique(table, axis=1, return_counts=True)
+    if count >= COUNTED_FROM and len(times) <= count // 4:
+        shares = times / count
+        blocks = [distinct @ rng.multinomial(count, shares, own).T / count for own in _blocks(resamples, len(times))]
+    else:
+        blocks = [table[:, rng.integers(0, count, (own, count))].mean(axis=2) for own in _blocks(resamples, count)]
+    return np.concatenate(blocks, axis=1)
 
 
-def _assumed(outcome: Outcome, rng: np.random.Generator, resamples: int) -> Array | None:
-    """Replicates of a score by itself; None where neither a count nor a standard error is known."""
-    if outcome.examples:
-        return None
-    if outcome.stderr is not None:
-        return rng.normal(outcome.score, outcome.stderr, resamples)
-    if outcome.count is not None:
-        return rng.binomial(outcome.count, outcome.score, resamples) / outcome.count
-    return None
+def _blocks(resamples: int, width: int) -> Iterator[int]:
+    """How many replicates to draw at a time, of ``width`` numbers each."""
+    at_once = max(1, DRAWN_AT_ONCE // width)
+    for start in range(0, resamples, at_once):
+        yield min(at_once, resamples - start)
 
 
 def divided(first: Array | float, second: Array | float) -> Array | float:

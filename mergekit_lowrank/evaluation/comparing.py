@@ -82,7 +82,7 @@ def mean_row(name: str, rows: Sequence[Row]) -> Row:
 def _basis(outcome: Outcome) -> Basis:
     if outcome.examples:
         return "examples"
-    return "stderr" if outcome.stderr is not None else "none" if outcome.count is None else "count"
+    return "stderr" if outcome.stderr else "none" if outcome.count is None else "count"
 
 
 def _weakest(bases: Iterable[Basis]) -> Basis:

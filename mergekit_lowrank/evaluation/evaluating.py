@@ -32,6 +32,8 @@ __all__ = ["RESAMPLES", "evaluate"]
 
 RESAMPLES = 10_000
 """The ends of an interval then differ by some hundredths of its width from seed to seed."""
+FEW = 30
+"""Examples below which an interval is not to be relied on."""
 RECIPE_NAME = "recipe.yaml"
 
 
@@ -79,7 +81,7 @@ def evaluate(
         evaluators_of(judged, base, timeout) as evaluators,
         _merged(target, recipe, keep, registry, followers) as (directory, warnings),
     ):
-        subjects = subjects_of(judged, recipe, opened, directory, _path(against))
+        subjects = subjects_of(judged, recipe, opened, base, directory, _path(against))
         outcomes = _judge(evaluators, subjects, ledger, followers)
     rows = [
         row_of(name, task.expert if task.expert in labels else None, outcomes[name], resamples=resamples, seed=seed)
@@ -192,11 +194,12 @@ def _judge(
 
 
 def _outcome(evaluators: Evaluators, subject: Subject, task: str, ledger: Ledger, followers: Followers) -> Outcome:
-    key, start = subject.key(task, evaluators.tasks.tasks[task], evaluators.base), time.perf_counter()
+    key, start = subject.key(task, evaluators.tasks.tasks[task]), time.perf_counter()
     known = ledger.known(key)
     if known is not None:
         outcome, told = known.outcome, f"in {ledger.path}"
     else:
+        followers.tell(Notice(f"{task}: {subject.label} is being judged"))
         outcome = evaluators.outcome(task, subject.path)
         seconds = time.perf_counter() - start
         ledger.add(key, task, subject.label, outcome, seconds)
@@ -233,6 +236,10 @@ def _warnings(rows: Sequence[Row]) -> Iterator[str]:
 def _reservations(row: Row) -> Iterator[str]:
     if BASE not in row.samples:
         yield "the base was not evaluated; add base_command"
+    if row.examples is not None and row.examples < FEW:
+        yield f"fewer than {FEW} examples, so that intervals are rough and tend to be too narrow; add examples"
+    if row.basis == "examples" and any(sample.replicates is None for sample in row.samples.values()):
+        yield "some intervals are missing, since every example came out alike; add examples that tell models apart"
     if "own" in row.samples and "normalised" not in row.samples:
         yield "the expert's score is not above 0, so no share of it is defined"
     match row.basis:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mergekit_lowrank.errors import EvaluationError, MergeError, raise_together
+from mergekit_lowrank.errors import EvaluationError, MergeError, nearest_name, raise_together
 from mergekit_lowrank.evaluation.outcomes import Outcome, as_outcome
 from mergekit_lowrank.evaluation.tasks import Find, Task, Tasks, filled
 from mergekit_lowrank.recipe.origin import shown
@@ -30,8 +30,12 @@ __all__ = ["Evaluators", "evaluators_of"]
 LAST_LINES = 8
 """Of what a command that failed has said."""
 SHOWN_FILES = 5
+SHOWN_KEYS = 20
 OUTPUT = "output"
 """What ``{output}`` is called, in a directory of its own for each run."""
+PRINTED, SAID = "stdout", "stderr"
+"""Beside it. An evaluator may print more than memory holds."""
+TAIL_BYTES = 1 << 14
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Evaluators:
         task = self.tasks.tasks[name]
         try:
             return self._called(name, task, adapter) if task.python else self._run(name, task, adapter)
-        except (TypeError, ValueError) as error:  # of what was found: it is no number, or contradicts itself
+        except (TypeError, ValueError, OverflowError) as error:  # of what was found
             raise EvaluationError(f"task '{name}', {_called(adapter)}: {_reason(error)}") from error
 
     def _called(self, name: str, task: Task, adapter: Path | None) -> Outcome:
@@ -77,7 +81,7 @@ class Evaluators:
             found = self.functions[str(task.python)](adapter, self.base, **arguments)
         except MergeError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a status of 0 would read as success
             raise EvaluationError(
                 f"task '{name}', {_called(adapter)}: {task.python} raised {type(error).__name__}: {error} "
                 f"({_place(error)})"
@@ -103,10 +107,11 @@ class Evaluators:
         values = {"task": name, "base": self.base, "adapter": str(adapter)}
         key = tuple(filled(word, values | {"output": "{output}"}) for word in template)
         if key not in self._written:
-            output = Path(tempfile.mkdtemp(dir=self.scratch)) / OUTPUT
-            command = [filled(word, values | {"output": str(output)}) for word in template]
-            printed = _printed(command, self.tasks.directory, self.timeout, f"task '{name}', {_called(adapter)}")
-            self._written[key] = Written(shlex.join(command), printed, output)
+            own = Path(tempfile.mkdtemp(dir=self.scratch))
+            command = [filled(word, values | {"output": str(own / OUTPUT)}) for word in template]
+            said = own / PRINTED, own / SAID
+            _execute(command, self.tasks.directory, said, self.timeout, f"task '{name}', {_called(adapter)}")
+            self._written[key] = Written(shlex.join(command), own / PRINTED, own / OUTPUT)
         return self._written[key]
 
 
@@ -116,12 +121,12 @@ class Written:
 
     Attributes:
         command: as it was run.
-        printed: its standard output.
+        printed: the file of its standard output.
         output: the file or directory that ``{output}`` stood for.
     """
 
     command: str
-    printed: str
+    printed: Path
     output: Path
 
     def found(self, where: Find) -> Any:
@@ -138,15 +143,17 @@ class Written:
         what = f"the pattern {shown(where.pattern)}" if where.pattern else f"'{'.'.join(map(str, where.path or ()))}'"
         names = ", ".join([*(holding or texts)][:SHOWN_FILES]) or "nothing, for no such file was written"
         where_not = "stands in several files" if holding else "is not in what the evaluator wrote"
-        advice = "name one under 'file'" if holding else "look at what it writes"
+        advice = "name one under 'file'" if holding else _keys_instead(where, texts) or "look at what it writes"
         raise ValueError(f"{what} {where_not}: {names}; {advice} (command: {self.command})")
 
     def _texts(self, where: Find) -> dict[str, str]:
         """What may hold it, by name."""
         if where.file is None and not self.output.exists():
-            return {"its standard output": self.printed}
-        files = [self.output] if self.output.is_file() else sorted(self.output.rglob(where.file or "*.json"))
-        return {path.name: path.read_text(encoding="utf-8") for path in files if path.is_file()}
+            return {"its standard output": self.printed.read_text(encoding="utf-8", errors="replace")}
+        if self.output.is_file():
+            return {self.output.name: self.output.read_text(encoding="utf-8")}
+        files = sorted(path for path in self.output.rglob(where.file or "*.json") if path.is_file())
+        return {path.relative_to(self.output).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
 def _values(where: Find, name: str, text: str) -> list[Any]:
@@ -160,22 +167,52 @@ def _values(where: Find, name: str, text: str) -> list[Any]:
         return []  # not JSON, or another one
 
 
+def _keys_instead(where: Find, texts: Mapping[str, str]) -> str:
+    """Which keys stand where one of the path is missing, in the first text that has its place."""
+    for name, text in texts.items():
+        with suppress(ValueError, LookupError, TypeError):
+            data = json.loads(text.partition("\n")[0] if name.endswith(".jsonl") else text)
+            if found := _keys_beside(data, where.path or ()):
+                return found
+    return ""
+
+
+def _keys_beside(data: Any, steps: Sequence[str | int]) -> str:
+    for place, step in enumerate(steps):
+        held = _at(data, steps[:place])
+        if isinstance(held, Mapping) and step not in held:
+            where = f"'{'.'.join(map(str, steps[:place]))}' has" if place else "the top level has"
+            listed = ", ".join([*held][:SHOWN_KEYS]) + ", …" * (len(held) > SHOWN_KEYS)
+            nearest = nearest_name(str(step), held)
+            return f"{where} the keys {listed}" + (f"; did you mean {nearest!r}?" if nearest else "")
+    return ""
+
+
 def _at(data: Any, steps: Sequence[str | int]) -> Any:
     for step in steps:
         data = data[int(step)] if isinstance(data, list) else data[step]
     return data
 
 
-def _printed(command: Sequence[str], directory: Path, timeout: float | None, what: str) -> str:
-    """The standard output of a command that ended well. Where it is cut off, all that it started ends with it.
+def _execute(
+    command: Sequence[str], directory: Path, files: tuple[Path, Path], timeout: float | None, what: str
+) -> None:
+    """Run a command to a good end. Where it is cut off, all that it started ends with it.
+
+    Args:
+        command: its words.
+        directory: to run it in.
+        files: that take its standard output and its standard error.
+        timeout: seconds that it may take.
+        what: it is run for.
 
     Raises:
-        EvaluationError: it did not, or took too long.
+        EvaluationError: it did not end well, or took too long.
     """
     line = f"command: {shlex.join(command)}"
-    with _started(command, directory, what) as process:
+    with _started(command, directory, files, what) as process:
         try:
-            printed, said = process.communicate(timeout=timeout)
+            process.wait(timeout)
         except BaseException as error:
             with suppress(ProcessLookupError):  # it ended just now
                 os.killpg(process.pid, signal.SIGKILL)
@@ -184,21 +221,22 @@ def _printed(command: Sequence[str], directory: Path, timeout: float | None, wha
             raise
     if process.returncode:
         status = _status(process.returncode)
+        printed, said = map(_tail, files)
         raise EvaluationError(f"{what}: the evaluator ended with {status} ({line}){_last_lines(said or printed)}")
-    return printed.decode("utf-8", "replace")
 
 
-def _started(command: Sequence[str], directory: Path, what: str) -> subprocess.Popen[bytes]:
+def _started(command: Sequence[str], directory: Path, files: tuple[Path, Path], what: str) -> subprocess.Popen[bytes]:
     """A process in a group of its own."""
     try:
-        return subprocess.Popen(  # noqa: S603 - the tasks file is the user's, like a Makefile
-            command,
-            cwd=directory,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        with files[0].open("wb") as printed, files[1].open("wb") as said:
+            return subprocess.Popen(  # noqa: S603 - the tasks file is the user's, like a Makefile
+                command,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=said,
+                start_new_session=True,
+            )
     except OSError as error:
         raise EvaluationError(
             f"{what}: the evaluator cannot be started: {error.strerror} (command: {shlex.join(command)})"
@@ -207,6 +245,12 @@ def _started(command: Sequence[str], directory: Path, what: str) -> subprocess.P
 
 def _status(code: int) -> str:
     return f"exit status {code}" if code > 0 else f"signal {-code}"
+
+
+def _tail(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - TAIL_BYTES))
+        return opened.read()
 
 
 def _last_lines(said: bytes) -> str:
@@ -252,7 +296,7 @@ def _functions(tasks: Tasks) -> dict[str, Callable[..., Any]]:
                 functions[task.python] = functions.get(task.python) or _function(task.python)
             for command in filter(None, (task.command, task.base_command)):
                 _check_program(command[0], tasks.directory)
-        except Exception as error:  # noqa: PERF203 - every task's problem is wanted; importing runs foreign code
+        except Exception as error:  # noqa: PERF203 - every task's problem is wanted
             key = "python" if task.python else "command"
             problems.append(tasks.problem(("tasks", name, key), str(error)))
     raise_together(problems)
@@ -263,7 +307,7 @@ def _function(entry: str) -> Callable[..., Any]:
     module, _, name = entry.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of foreign code
         raise ImportError(f"{entry} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise TypeError(f"{entry} is not a function, but {shown(found)}")

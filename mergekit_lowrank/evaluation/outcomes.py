@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,7 +24,9 @@ class Outcome(BaseModel):
     score: float = Field(description="the score; the mean of the examples where they are known")
     examples: tuple[float, ...] = Field(default=(), description="the outcome of each example, in the task's order")
     stderr: float | None = Field(default=None, ge=0, description="the standard error of a score without examples")
-    count: int | None = Field(default=None, ge=1, description="the examples that a share of right answers is of")
+    count: int | None = Field(
+        default=None, ge=1, lt=1 << 63, description="the examples that a share of right answers is of"
+    )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Outcome:
@@ -50,7 +53,7 @@ def as_outcome(found: Any) -> Outcome:
     """
     if isinstance(found, Outcome):
         return found
-    plain = found.tolist() if hasattr(found, "tolist") else found
+    plain = _plain(found)
     if isinstance(plain, Sequence) and not isinstance(plain, str):
         examples = tuple(map(_number, plain))
         if not examples:
@@ -59,8 +62,16 @@ def as_outcome(found: Any) -> Outcome:
     return Outcome(score=_number(plain))
 
 
+def _plain(value: Any) -> Any:
+    """Python's own numbers out of an array, a tensor or a scalar of theirs."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _number(value: Any) -> float:
     """A finite number out of a number, true or false."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"expected a finite number or a list of them, found {value!r:.60}")
-    return float(value)
+    plain = _plain(value)
+    if isinstance(plain, int | float):
+        with suppress(OverflowError):  # an integer that no float comes near
+            if math.isfinite(plain):
+                return float(plain)
+    raise TypeError(f"expected a finite number or a list of them, found {value!r:.60}")

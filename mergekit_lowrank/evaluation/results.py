@@ -47,7 +47,7 @@ class Comparison(_Frozen):
     merged: Estimate = Field(description="score of the merge")
     against: Estimate | None = Field(description="score of the other merge; null where there is none")
     normalised: Estimate | None = Field(
-        description="merged / own; of a mean, the mean of these; null where no expert is above zero"
+        description="merged / own; of a mean, the mean of these; null where an expert is not above zero"
     )
     gain: Estimate | None = Field(description="merged − base")
     lead: Estimate | None = Field(description="merged − against")

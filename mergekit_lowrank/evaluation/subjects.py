@@ -10,16 +10,15 @@ from pathlib import Path
 
 from mergekit_lowrank.errors import EvaluationError
 from mergekit_lowrank.evaluation.tasks import Task, Tasks
-from mergekit_lowrank.formats import MANIFEST_NAME, REPORT_NAME, TIMINGS_NAME, Checkpoint
+from mergekit_lowrank.formats import MANIFEST_NAME, TIMINGS_NAME, Checkpoint
 from mergekit_lowrank.recipe import Recipe, resolve_model
 from mergekit_lowrank.report import sha256_of
 
 __all__ = ["AGAINST", "BASE", "MERGED", "OWN", "Subject", "subjects_of"]
 
 BASE, OWN, MERGED, AGAINST = "base", "own", "merged", "against"
-JUDGED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json")
-"""Of weights, configurations and tokenizers."""
-NOT_JUDGED = (MANIFEST_NAME, REPORT_NAME, TIMINGS_NAME)
+NOT_JUDGED = ("README.md", "recipe.yaml", MANIFEST_NAME, TIMINGS_NAME)
+"""What is told of a model. So are ``report.*``, and whatever is hidden; anything else may be part of it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Subject:
         label: what the results call it.
         path: an adapter's or model's directory or file; None of the base alone.
         identity: SHA-256 over its files; nothing of the base.
+        base: its name, and the state of its files where it is a local one.
         tasks: it is judged on.
     """
 
@@ -38,18 +38,20 @@ class Subject:
     label: str
     path: Path | None
     identity: str
+    base: str
     tasks: tuple[str, ...]
 
-    def key(self, name: str, task: Task, base: str) -> str:
+    def key(self, name: str, task: Task) -> str:
         """SHA-256 of what is judged and how. The code of an evaluator is no part of it."""
         how = task.model_dump(mode="json", exclude={"expert"}, exclude_unset=True)
-        return hashlib.sha256(json.dumps([self.identity, base, name, how]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.identity, self.base, name, how]).encode()).hexdigest()
 
 
 def subjects_of(
     tasks: Tasks,
     recipe: Recipe,
     opened: Sequence[Checkpoint],
+    base: str,
     merged: Path,
     against: Path | None,
 ) -> list[Subject]:
@@ -59,25 +61,31 @@ def subjects_of(
         tasks: what they are judged on.
         recipe: of the merge.
         opened: the recipe's models.
+        base: what ``{base}`` stands for.
         merged: directory of the merge.
         against: directory of another one.
 
     Raises:
         EvaluationError: a directory is missing, or an expert was never a file.
     """
-    every = tuple(tasks.tasks)
-    found = [Subject(BASE, BASE, None, "", every)]
+    every, base = tuple(tasks.tasks), base + state_of(Path(base))
+    found = [Subject(BASE, BASE, None, "", base, every)]
     for entry, checkpoint in zip(recipe.models, opened, strict=True):
         own = tuple(name for name, task in tasks.tasks.items() if task.expert == checkpoint.label)
         if own:
             if not isinstance(entry.model, str):
                 raise EvaluationError(f"'{checkpoint.label}' is in memory, where no evaluator can read it; save it")
             path = resolve_model(entry.model, recipe.directory)
-            found.append(Subject(OWN, checkpoint.label, path, identity_of(path), own))
+            found.append(Subject(OWN, checkpoint.label, _plain(path), identity_of(path), base, own))
     for role, directory in ((MERGED, merged), (AGAINST, against)):
         if directory is not None:
-            found.append(Subject(role, role, directory.absolute(), identity_of(directory), every))
+            found.append(Subject(role, role, _plain(directory), identity_of(directory), base, every))
     return found
+
+
+def _plain(path: Path) -> Path:
+    """The absolute path without ``..``; a link keeps the name that its file is known by."""
+    return path.parent.resolve() / path.name
 
 
 def identity_of(path: Path) -> str:
@@ -86,7 +94,7 @@ def identity_of(path: Path) -> str:
     Raises:
         EvaluationError: there is nothing of a model.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_judged(file))
+    files = _files(path)
     if not files:
         raise EvaluationError(f"{path}: holds no weights; name the output directory of a merge")
     digest = hashlib.sha256()
@@ -95,5 +103,18 @@ def identity_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def state_of(base: Path) -> str:
+    """Sizes and times of a base's files, which are too many bytes to hash; empty where it is not a local one."""
+    stats = [(str(file.relative_to(base)), file.stat()) for file in _files(base)]
+    return "".join(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in stats)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if _is_judged(file.relative_to(path)) and file.is_file())
+
+
 def _is_judged(file: Path) -> bool:
-    return file.suffix in JUDGED_SUFFIXES and file.name not in NOT_JUDGED and file.is_file()
+    is_hidden = any(part.startswith(".") for part in file.parts)
+    return not is_hidden and file.name not in NOT_JUDGED and file.stem != "report"

@@ -9,8 +9,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails
 
 from mergekit_lowrank.errors import RecipeError, nearest_name, raise_together
 from mergekit_lowrank.recipe.document import Document, read_yaml
@@ -29,6 +38,16 @@ MAX_BYTES = 1 << 20
 ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Step: TypeAlias = str | int
+
+
+class _Or:
+    """In the JSON Schema, shorter spellings that stand for the value too."""
+
+    def __init__(self, *kinds: str) -> None:
+        self._kinds = kinds
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [*({"type": kind} for kind in self._kinds), handler(schema)]}
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -95,11 +114,13 @@ Command: TypeAlias = Annotated[
     told_as("a command line, or a list of its words"),
     AfterValidator(_check_placeholders),
     BeforeValidator(_words),
+    _Or("string"),
 ]
 Steps: TypeAlias = Annotated[
     tuple[Text | int, ...],
     told_as("the keys that lead to a value, as 'results.arc.acc' or as a list"),
     BeforeValidator(_steps),
+    _Or("string"),
 ]
 
 
@@ -131,7 +152,7 @@ def _as_find(value: Any) -> Any:
     return {"path": value} if isinstance(value, str | list) else value
 
 
-Where: TypeAlias = Annotated[Find, BeforeValidator(_as_find)]
+Where: TypeAlias = Annotated[Find, BeforeValidator(_as_find), _Or("string", "array")]
 
 
 class Task(Strict):

@@ -1,7 +1,7 @@
 """Pure low-rank algebra on tensors: no files, no recipes, no strategies."""
 
 from mergekit_lowrank.lowrank.comparison import Comparison, compare, cosines_of
-from mergekit_lowrank.lowrank.conflict import SignConflict, sign_conflict
+from mergekit_lowrank.lowrank.conflict import SignConflict, independent_conflict, sign_conflict
 from mergekit_lowrank.lowrank.decompositions import (
     JointDecomposition,
     fix_signs,
@@ -67,6 +67,7 @@ __all__ = [
     "fix_signs",
     "hadamard",
     "in_double",
+    "independent_conflict",
     "inner",
     "inner_products",
     "joint_decomposition",

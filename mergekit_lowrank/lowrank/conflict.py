@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from mergekit_lowrank.lowrank.decompositions import in_double
 from mergekit_lowrank.lowrank.updates import InputUpdate, LowRankUpdate, are_low_rank
 
-__all__ = ["SignConflict", "sign_conflict"]
+__all__ = ["SignConflict", "independent_conflict", "sign_conflict"]
 
 EXACT_ENTRIES = 1 << 14
 """Modules of up to this many entries are looked at whole: a few copies of them are small beside any merge."""
@@ -71,6 +72,16 @@ def sign_conflict(updates: Sequence[InputUpdate], weights: Sequence[float], gene
         pair_error=0.0 if is_exact else float(pair_errors.nan_to_num().max()),
         is_exact=is_exact,
     )
+
+
+def independent_conflict(norms: Sequence[float]) -> float | None:
+    """What ``opposed`` would be of independent updates with these weighted norms; None of fewer than two, and of zeros.
+
+    Entries are taken as normal. Then E|Σx| = √(Σσ²)·√(2/π) and E Σ|x| = Σσ·√(2/π), and half of what is between them
+    stands against the sum.
+    """
+    total = math.fsum(norms)
+    return (1 - math.hypot(*norms) / total) / 2 if total and len(norms) > 1 else None
 
 
 def _all(updates: Sequence[InputUpdate]) -> Tensor:

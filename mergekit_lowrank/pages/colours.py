@@ -42,7 +42,7 @@ def scale_of(figure: Heatmap) -> tuple[str, ...]:
 
 def limits_of(figure: Heatmap) -> tuple[float, float]:
     """The numbers at the ends of the colours: those given, or the least and the largest; alike around a centre."""
-    known = [value for row in figure.values for value in row if value is not None]
+    known = [value for row in (*figure.values, figure.span or ()) for value in row if value is not None]
     low, high = figure.limits or (min(known, default=0.0), max(known, default=1.0))
     if figure.centre is None:
         return low, high if high > low else low + (abs(low) or 1.0)

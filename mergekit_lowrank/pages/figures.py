@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Bars", "Figure", "Heatmap", "Lines", "Series"]
+__all__ = ["Bars", "Figure", "Heatmap", "Lines", "Series", "keys_of"]
+
+NAMELESS = "unnamed"
+"""Of names without a letter or digit."""
+LONGEST_KEY = 80
+"""Letters of a name in a key, which names a file too."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Heatmap:
         centre: where colours change from one hue to another, 0 of cosines; None for one hue.
         is_printed: whether the numbers stand in the cells: small tables, such as pairs of inputs.
         column_label: what all columns are, such as ``layer``; empty where their names say it.
+        span: what the colours reach over at least, so that small differences look small; None for no such.
     """
 
     key: str
@@ -37,6 +45,7 @@ class Heatmap:
     centre: float | None = None
     is_printed: bool = False
     column_label: str = ""
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Bars:
         values: of the bars; None where there is nothing.
         unit: behind a number, or empty.
         intervals: (low, high) of each; empty without.
+        whole: the number that fills the width, 100 of shares in percent; None for the largest.
     """
 
     key: str
@@ -98,6 +108,22 @@ class Bars:
     values: tuple[float | None, ...]
     unit: str = ""
     intervals: tuple[tuple[float, float], ...] = ()
+    whole: float | None = None
 
 
 Figure: TypeAlias = Heatmap | Lines | Bars
+
+
+def keys_of(part: str, names: Iterable[str]) -> list[str]:
+    """Keys of the figures of a part of a page, by what they show: ``spectra-self-attn-q-proj``.
+
+    Different also for file systems that take capital and small letters alike.
+    """
+    keys: list[str] = []
+    for name in names:
+        slug = re.sub(r"[^0-9A-Za-z]+", "-", name).lower()[:LONGEST_KEY].strip("-")
+        key = f"{part}-{slug or NAMELESS}"
+        while key in keys:
+            key = f"{key}-{len(keys)}"
+        keys.append(key)
+    return keys

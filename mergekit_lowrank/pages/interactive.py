@@ -154,7 +154,9 @@ def _bars(figure: Bars) -> Plot:
             "arrayminus": [value - low for value, low, _ in pairs],
             "color": "black",
         }
-    x = {"ticksuffix": _unit(figure.unit), "automargin": True}
+    x: Plot = {"ticksuffix": _unit(figure.unit), "automargin": True}
+    if figure.whole is not None:
+        x["range"] = (0, figure.whole)
     y = {"type": "category", "automargin": True, "autorange": "reversed"}
     return {"data": [trace], "layout": _layout(xaxis=x, yaxis=y)}
 

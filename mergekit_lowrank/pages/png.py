@@ -151,6 +151,7 @@ def _draw_bars(figure: Bars, axes: Axes) -> None:
     axes.set_yticks(places, figure.labels)
     axes.invert_yaxis()
     axes.set_xlabel(figure.unit)
+    axes.set_xlim(right=figure.whole)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -344,7 +344,7 @@ def _labels(figure: Lines) -> Markup:
 
 def _bars(figure: Bars) -> Markup:
     """Bars under their labels, in shares of the width that there is."""
-    ends = [value for value in figure.values if value is not None]
+    ends = [value for value in (*figure.values, figure.whole) if value is not None]
     ends += [end for interval in figure.intervals for end in interval]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     reach = high - low or 1.0

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from markupsafe import Markup
 
-from mergekit_lowrank.pages import Figure, Heatmap, Lines, Series, html_table, number, render, svg
+from mergekit_lowrank.pages import Figure, Heatmap, Lines, Series, html_table, keys_of, number, render, svg
 from mergekit_lowrank.report.comparison import ComparedModule, MergeComparison, Written
 from mergekit_lowrank.report.grid import grid
 
@@ -18,7 +18,6 @@ KeyNumber: TypeAlias = tuple[str, str, str]
 SAME = {True: "same files", False: "other files", None: "not known"}
 ROUNDING = 1e-9
 """Differences up to this are none: numbers in reports are sums in float64."""
-BY_LAYER = "Each row is a module type, each column a layer."
 
 
 def comparison_page(comparison: MergeComparison, *, draw: Draw = svg) -> str:
@@ -49,7 +48,7 @@ def comparison_figures(comparison: MergeComparison) -> tuple[Figure, ...]:
     maps = [own for own in _measures(comparison).values() if _varies(own)]
     lines = [
         Lines(
-            f"spectra-{n}",
+            key,
             own.kind,
             "Singular values before the cut: the root mean square over the modules of this type.",
             "direction",
@@ -57,7 +56,9 @@ def comparison_figures(comparison: MergeComparison) -> tuple[Figure, ...]:
             (Series("A", own.a), Series("B", own.b, is_emphasised=True)),
             is_logarithmic=True,
         )
-        for n, own in enumerate(comparison.spectra)
+        for key, own in zip(
+            keys_of("spectra", (own.kind for own in comparison.spectra)), comparison.spectra, strict=True
+        )
     ]
     return (*maps, *lines)
 
@@ -162,8 +163,7 @@ def _map(
     centre: float | None = None,
 ) -> Heatmap:
     rows, columns, values = grid([own.module for own in comparison.modules], [*map(value, comparison.modules)])
-    text = f"{description} {BY_LAYER}"
-    return Heatmap(key, title, text, rows, columns, values, unit, limits, centre, column_label="layer")
+    return Heatmap(key, title, description, rows, columns, values, unit, limits, centre, column_label="layer")
 
 
 def _key_numbers(comparison: MergeComparison) -> Iterator[KeyNumber]:

@@ -6,15 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from mergekit_lowrank.pages import Bars, Figure, Heatmap, Lines, Series, number
+from mergekit_lowrank.lowrank import independent_conflict
+from mergekit_lowrank.pages import Bars, Figure, Heatmap, Lines, Series, keys_of, number
 from mergekit_lowrank.report.grid import grid, layer_and_kind
 from mergekit_lowrank.report.results import Report
 
-__all__ = ["chance_of_conflict", "figures_of", "mean_cosines", "mean_sign_conflict"]
+__all__ = ["COSINES", "around", "chance_of_conflict", "chance_text", "figures_of", "mean_cosines", "mean_sign_conflict"]
 
 Record: TypeAlias = Mapping[str, Any]
 Cosines: TypeAlias = tuple[tuple[float | None, ...], ...]
 
+COSINES = (-0.1, 0.1)
+"""Cosines and their colours: within this, unrelated inputs look alike."""
+CONFLICT_REACH = 5.0
+"""In percent: the same of sign conflict, to both sides of what independent inputs have."""
 MOST_SPECTRA = 12
 """Spectra are drawn for the types of modules that hold most of the merged energy."""
 LEAST_VALUE = 1e-6
@@ -100,14 +105,16 @@ def _of_modules(report: Report) -> Iterator[Figure]:
         "agree, below 0 they undo each other.",
         value=_mean_cosine,
         centre=0.0,
+        span=COSINES,
     )
     yield by_layer(
         "sign-conflict",
         "Sign conflict",
         "The share of the inputs' weighted entries that stands against the sign of its entry's sum: 0 % where all "
-        f"pull the same way, 50 % where they cancel.{_chance(report)}{_sampled(report)}",
+        f"pull the same way, 50 % where they cancel.{chance_text(chance_of_conflict(report))}{_sampled(report)}",
         value=lambda record: _percent(record["sign_conflict"]),
         unit="%",
+        span=around(chance_of_conflict(report)),
     )
     yield by_layer(
         "lost-energy",
@@ -140,18 +147,17 @@ def _of_modules(report: Report) -> Iterator[Figure]:
 
 
 def chance_of_conflict(report: Report) -> float | None:
-    """The sign conflict of independent inputs with the norms of these; None of a single input, and of zeros.
-
-    Entries are taken as normal. Then E|Σx| = √(Σσ²) · √(2/π) and E Σ|x| = Σσ · √(2/π), and half of what is between them
-    stands against the sum.
-    """
-    norms = [summary.weighted_norm for summary in report.inputs]
-    total = sum(norms)
-    return (1 - math.hypot(*norms) / total) / 2 if total and len(norms) > 1 else None
+    """The sign conflict of independent inputs with the norms of these; None of a single input, and of zeros."""
+    return independent_conflict([summary.weighted_norm for summary in report.inputs])
 
 
-def _chance(report: Report) -> str:
-    chance = chance_of_conflict(report)
+def around(chance: float | None) -> tuple[float, float] | None:
+    """What the colours of sign conflict, in percent, reach over at least."""
+    return None if chance is None else (max(0.0, 100 * chance - CONFLICT_REACH), 100 * chance + CONFLICT_REACH)
+
+
+def chance_text(chance: float | None) -> str:
+    """What independent inputs would have, as a sentence after another; empty of None."""
     return "" if chance is None else f" Independent inputs of these sizes would have {number(100 * chance)} %."
 
 
@@ -172,6 +178,7 @@ def _by_layer(
     value: Callable[[Record], float | None],
     unit: str = "",
     centre: float | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Heatmap:
     names = [record["module"] for record in report.modules]
     rows, columns, values = grid(names, [value(record) for record in report.modules])
@@ -186,6 +193,7 @@ def _by_layer(
         unit=unit,
         centre=centre,
         column_label="layer",
+        span=span,
     )
 
 
@@ -211,6 +219,7 @@ def _of_inputs(report: Report) -> Iterator[Figure]:
             labels,
             tuple(100 * energy / total for energy in energies),
             unit="%",
+            whole=100.0,
         )
     if len(labels) > 1:
         yield Heatmap(
@@ -261,12 +270,13 @@ def _spectra(report: Report) -> Iterator[Figure]:
     for record in report.modules:
         kinds.setdefault(layer_and_kind(record["module"])[1], []).append(record)
     by_energy = sorted(kinds, key=lambda kind: -sum(record["energy"] for record in kinds[kind]))
-    chosen = set(by_energy[:MOST_SPECTRA])
-    for index, (kind, records) in enumerate((kind, own) for kind, own in kinds.items() if kind in chosen):
+    chosen = [kind for kind in kinds if kind in by_energy[:MOST_SPECTRA]]
+    for key, kind in zip(keys_of("spectra", chosen), chosen, strict=True):
+        records = kinds[kind]
         series = tuple(_series(report, records))
         if series:
             count = f"{len(records)} modules" if len(records) > 1 else "1 module"
-            yield Lines(f"spectra-{index}", kind, f"Over {count}.", "direction", "singular value", series, True)
+            yield Lines(key, kind, f"Over {count}.", "direction", "singular value", series, True)
 
 
 def _series(report: Report, records: Sequence[Record]) -> Iterator[Series]:

@@ -35,6 +35,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
 HASHED_AT_ONCE = 2
+_MAKER = "mergekit_lowrank"
 
 Digests: TypeAlias = Mapping[Path, str]
 
@@ -102,15 +103,15 @@ class Manifest(_Frozen):
             CheckpointError: there is none, it is damaged, or it is not that of a merge.
         """
         path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{directory}: has no {MANIFEST_NAME}; expected what a merge has made.")
         try:
             found = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{directory}: has no {MANIFEST_NAME}; expected what a merge has made.") from error
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON: {error}. Merge again.") from error
         if isinstance(found, dict) and "conversion" in found:
             raise CheckpointError(f"{directory}: was made by convert; expected what merge, resize or extract has made.")
-        version = found.get("schema_version") if isinstance(found, dict) else None
+        version, maker = (found.get(key) if isinstance(found, dict) else None for key in ("schema_version", _MAKER))
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise CheckpointError(
                 f"{path}: has schema version {version}, and this version of mergekit-lowrank reads up to "
@@ -120,8 +121,11 @@ class Manifest(_Frozen):
             return cls.model_validate(found)
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
-            message = f"{path}: is not the manifest of a merge: {where}: {error.errors()[0]['msg']}. Merge again."
-            raise CheckpointError(message) from error
+            raise CheckpointError(
+                f"{path}: is not the manifest of a merge: {where}: {error.errors()[0]['msg']} (schema version "
+                f"{version!r} of mergekit-lowrank {maker!r}; this is {__version__}, which reads {SCHEMA_VERSION}). Use "
+                "the version that made it, or merge again."
+            ) from error
 
 
 def sha256_of(path: Path) -> str:

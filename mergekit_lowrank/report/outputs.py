@@ -14,7 +14,7 @@ from mergekit_lowrank.recipe import Recipe, load_recipe
 from mergekit_lowrank.report.manifest import Manifest
 from mergekit_lowrank.report.results import Report
 
-__all__ = ["MergeOutput", "counted", "named", "refuse_sweep"]
+__all__ = ["MergeOutput", "counted", "named", "require_merge"]
 
 SHOWN = 3
 """Names that a remark gives."""
@@ -46,7 +46,7 @@ class MergeOutput:
             CheckpointError: it is no output of a merge, of another version of this package, or damaged.
             RecipeError: its ``recipe.yaml`` is not valid.
         """
-        refuse_sweep(directory)
+        require_merge(directory)
         report, manifest = Report.read(directory), Manifest.read(directory)
         return cls(name, directory, report, load_recipe(directory / "recipe.yaml"), manifest)
 
@@ -69,8 +69,11 @@ class MergeOutput:
         return {label: files for label, files in found.items() if files and all(digest for _, digest in files)}
 
 
-def refuse_sweep(directory: Path) -> None:
-    """Raise a ``CheckpointError`` that names the variants in the directory of a sweep."""
+def require_merge(directory: Path) -> None:
+    """Raise a ``CheckpointError`` unless this is a directory, and not that of a sweep, whose variants it names."""
+    if not directory.is_dir():
+        what = "is no directory" if directory.exists() else "there is no such directory"
+        raise CheckpointError(f"{directory}: {what}; expected what a merge has made.")
     if (directory / INDEX_NAME).is_file():
         variants = [entry.name for entry in sorted(directory.iterdir()) if (entry / REPORT_NAME).is_file()]
         raise CheckpointError(f"{directory}: holds a sweep. Name one of its variants: {', '.join(variants)}.")

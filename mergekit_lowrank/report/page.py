@@ -14,7 +14,7 @@ from mergekit_lowrank.pages import Figure, Heatmap, html_table, number, render, 
 from mergekit_lowrank.report.figures import chance_of_conflict, figures_of, mean_cosines, mean_sign_conflict
 from mergekit_lowrank.report.manifest import Manifest
 from mergekit_lowrank.report.results import Report
-from mergekit_lowrank.report.summary import load_lines, percent
+from mergekit_lowrank.report.summary import LOADING, load_lines, percent
 
 __all__ = ["merge_page"]
 
@@ -58,6 +58,7 @@ def merge_page(directory: str | Path, *, draw: Draw = svg) -> str:
         recipe=_recipe(path),
         loading=[line.split(maxsplit=1) for line in load_lines(report, PLACE)],
         place=PLACE,
+        server=None if report.server is None else LOADING[report.server].split()[0],
         at=_at(report),
         size=format_bytes(report.totals.bytes_written),
     )
@@ -107,8 +108,8 @@ def _of_the_inputs(report: Report) -> Iterator[KeyNumber]:
     cosines = mean_cosines(report)
     pairs = [value for i, row in enumerate(cosines) for value in row[:i] if value is not None]
     if pairs:
-        between = f"of pairs, from {number(min(pairs))} to {number(max(pairs))}" if len(pairs) > 1 else "of the two"
-        yield "Mean cosine", number(sum(pairs) / len(pairs)), between
+        between = f"of pairs, from {_cosine(min(pairs))} to {_cosine(max(pairs))}" if len(pairs) > 1 else "of the two"
+        yield "Mean cosine", _cosine(sum(pairs) / len(pairs)), between
     conflict, chance = mean_sign_conflict(report), chance_of_conflict(report)
     if conflict is not None and chance is not None:
         yield "Sign conflict", _share(conflict), f"independent inputs: {_share(chance)}"
@@ -119,6 +120,11 @@ def _of_the_run(report: Report) -> Iterator[KeyNumber]:
     yield "Time", f"{number(totals.wall_seconds)} s", f"{format_bytes(totals.bytes_read)} read"
     if peak is not None:
         yield "Memory", format_bytes(peak), "the process at its peak"
+
+
+def _cosine(value: float) -> str:
+    """To three decimals, 0 without a sign."""
+    return number(round(value, 3) + 0.0)
 
 
 def _share(share: float | None) -> str:

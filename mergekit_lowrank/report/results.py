@@ -6,20 +6,26 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mergekit_lowrank.engine import ModuleRecord, Plan, dialect_of, format_bytes, loading_server
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.formats import REPORT_NAME, TIMINGS_NAME
 from mergekit_lowrank.pages.cells import cell
 from mergekit_lowrank.pages.tables import html_table, number
+from mergekit_lowrank.servers import SERVERS
 
 __all__ = ["SCHEMA_VERSION", "InputSummary", "Memory", "Report", "Totals", "build_report"]
 
 SCHEMA_VERSION = 2
+LARGEST = 1e100
+"""No number of a merge is as large: squares of float32 are below 1e77."""
+SHOWN_DIGITS = 12
 
 
 class _Frozen(BaseModel):
@@ -142,11 +148,30 @@ class Report(_Frozen):
             for module in report["modules"]:
                 module["wall_seconds"] = times["modules"][module["module"]]
                 module["peak_bytes"] = times["memory"]["modules"][module["module"]]
-            return cls.model_validate(report)
+            report["modules"] = _records(report["modules"])
+            found = cls.model_validate(report)
+            found._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{path}: {REPORT_NAME} and {TIMINGS_NAME} are not of one merge: {error!r}."
+                f"{path}: {REPORT_NAME} and {TIMINGS_NAME} are not of one merge, or damaged: {_said(error)}. "
+                "Merge again."
             ) from error
+        return found
+
+    def _check(self) -> None:
+        """Raise a ``ValueError`` that says which of its parts do not go together."""
+        labels = {own.label for own in self.inputs}
+        if not labels:
+            raise ValueError("it has no inputs")
+        if self.server is not None and self.server not in SERVERS:
+            raise ValueError(f"there is no server '{self.server}'")
+        if self.rank is not None and not self._written_ranks:
+            raise ValueError("it has a rank, and none of its modules has one")
+        for module in self.modules:
+            count, cosines = len(module["participants"]), module["cosines"]
+            lengths = {len(module["input_norms"]), len(module["input_spectra"]), *map(len, cosines)}
+            if lengths != {count} or len(cosines) not in (0, count) or not labels.issuperset(module["participants"]):
+                raise ValueError(f"module '{module['module']}' is not of its inputs")
 
     def _repr_html_(self) -> str:
         """For notebooks: the totals, and inputs and modules to unfold."""
@@ -178,11 +203,48 @@ class Report(_Frozen):
         yield from (("warning", warning) for warning in self.warnings)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Written(ModuleRecord):
+    """A record as the file holds it."""
+
+    written_rank: int | None
+
+
+@cache
+def _types() -> TypeAdapter[dict[str, list[_Written]]]:
+    return TypeAdapter(dict[str, list[_Written]])
+
+
+def _records(modules: object) -> list[Mapping[str, Any]]:
+    """Modules as ``ModuleRecord.to_dict`` gave them, their types checked."""
+    return [vars(own) for own in _types().validate_python({"modules": modules})["modules"]]
+
+
+def _said(error: Exception) -> str:
+    """What is wrong, and where."""
+    if not isinstance(error, ValidationError):
+        return f"{error}" if isinstance(error, ValueError) else f"{error!r}"
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not abs(value) < LARGEST:
+        raise ValueError(f"no merge writes the number {text[:SHOWN_DIGITS]}")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    _number(text)
+    return int(text)
+
+
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: has no {path.name}; expected what a merge has made.")
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: has no {path.name}; expected what a merge has made.") from error
+        found = json.loads(path.read_bytes(), parse_float=_number, parse_int=_whole_number, parse_constant=_number)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}. Merge again.") from error
     if not isinstance(found, dict):

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
 
 from mergekit_lowrank.engine import ModuleRecord
 from mergekit_lowrank.report.results import Report
@@ -17,9 +18,9 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 
 
-def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema of what a model writes."""
-    return {"$schema": DIALECT, **model.model_json_schema(mode="serialization")}
+def json_schema(model: type[BaseModel], mode: JsonSchemaMode = "serialization") -> dict[str, Any]:
+    """The JSON Schema of what a model writes; with the mode ``validation``, of what it reads."""
+    return {"$schema": DIALECT, **model.model_json_schema(mode=mode)}
 
 
 def report_schema() -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from mergekit_lowrank.engine import open_checkpoint
@@ -18,6 +19,8 @@ from mergekit_lowrank.formats.layouts import LORA_BIAS, Whole
 from mergekit_lowrank.formats.parameters import matrix_shape
 from mergekit_lowrank.lowrank import LowRankUpdate, blocks_of_rows, norm
 from mergekit_lowrank.registry import Registry
+from mergekit_lowrank.report.results import SCHEMA_VERSION
+from mergekit_lowrank.verification.hashing import without_advice
 from mergekit_lowrank.verification.results import Fault, FaultKind
 
 __all__ = ["Contents", "Place", "Said", "read_contents"]
@@ -43,15 +46,35 @@ class SaidModule(BaseModel):
     warnings: tuple[str, ...]
 
 
+class SaidTotals(BaseModel):
+    """Over all modules, as far as the index of a sweep has it too."""
+
+    model_config = ConfigDict(frozen=True)
+
+    merged_norm: float
+    kept_energy: float
+
+
 class Said(BaseModel):
     """What ``report.json`` says of an output."""
 
     model_config = ConfigDict(frozen=True)
 
+    method: str
     kind: str
     format: str
     dtype: str
+    rank: int | None
+    totals: SaidTotals
     modules: tuple[SaidModule, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_each_once(self) -> Said:
+        counts = Counter(module.module for module in self.modules)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(f"'{twice[0]}' is there {counts[twice[0]]} times")
+        return self
 
     @classmethod
     def read(cls, directory: Path) -> Said:
@@ -61,15 +84,22 @@ class Said(BaseModel):
             CheckpointError: it is missing or damaged.
         """
         path = directory / REPORT_NAME
-        found = read_object(path, where=str(directory))
+        try:
+            found = read_object(path, where=str(directory))
+        except CheckpointError as error:
+            raise CheckpointError(f"{without_advice(error)} Merge again.") from error
+        version = found.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path}: has schema version {version!r}, and this version of mergekit-lowrank reads {SCHEMA_VERSION}. "
+                "Merge again, or use the version that its manifest names."
+            )
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            version = found.get("schema_version")
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "modules"
             raise CheckpointError(
-                f"{path}: is not the report of a merge: {where}: {error.errors()[0]['msg']} (schema version "
-                f"{version!r}). Merge again."
+                f"{path}: is not the report of a merge: {where}: {error.errors()[0]['msg']}. Merge again."
             ) from error
 
 
@@ -140,7 +170,7 @@ def read_contents(directory: Path, said: Said, registry: Registry, label: str) -
                 f"{said.format} files are written here and not read: what was checked of them is their hashes alone"
             )
     except CheckpointError as error:
-        found.fault("structure", label, f"does not open: {error}")
+        found.fault("structure", label, f"does not open: {without_advice(error)}")
     return found
 
 
@@ -160,7 +190,7 @@ def _check_adapter(found: Contents, adapter: Checkpoint, said: Said) -> None:
             _check_module(found, adapter, module, place, dtype)
             found.modules += 1
         except CheckpointError as error:
-            found.fault("values", module.module, f"{error} Merge again.")
+            found.fault("values", module.module, f"{without_advice(error)} Merge again.")
     for name in _strangers(adapter, found.places):
         found.fault("structure", name, "is in the output and not in the report. Merge again.")
 
@@ -189,7 +219,7 @@ def _check_norm(found: Contents, said: SaidModule, size: float) -> None:
     if size == 0 and (said.merged_norm or not is_explained):
         message = f"is zero; the report says that an update of norm {said.merged_norm:.4g} was merged. Merge again."
         found.fault("zero", said.module, message)
-    elif abs(size - said.merged_norm) > NORM_TOLERANCE * said.merged_norm:
+    elif not abs(size - said.merged_norm) <= NORM_TOLERANCE * said.merged_norm:  # of NaN too
         found.fault(
             "scaling",
             said.module,
@@ -254,6 +284,6 @@ def _check_model(found: Contents, model: ModelDirectory, said: Said) -> None:
             try:
                 finite(model.read_rows(key, where), key, where=model.where)
             except CheckpointError as error:  # noqa: PERF203 - every module's problem is wanted
-                found.fault("values", module, f"{error} Merge again.")
+                found.fault("values", module, f"{without_advice(error)} Merge again.")
                 break
         found.modules += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -19,7 +19,15 @@ from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report.manifest import Manifest, OutputFile, Source, sha256_of
 from mergekit_lowrank.verification.results import Fault, FaultKind
 
-__all__ = ["RECIPE_NAME", "Hashed", "check_outputs", "check_sources"]
+__all__ = [
+    "RECIPE_NAME",
+    "Hashed",
+    "check_outputs",
+    "check_sources",
+    "refuse_devices",
+    "require_local",
+    "without_advice",
+]
 
 RECIPE_NAME = "recipe.yaml"
 HASHED_AT_ONCE = 2
@@ -27,6 +35,10 @@ CHUNK_BYTES = 1 << 20
 """Of a tensor, read and hashed at once."""
 UNLISTED = (MANIFEST_NAME, TIMINGS_NAME, PAGE_NAME)
 """What a merge writes and the manifest does not list."""
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""What programs load from a directory without a list of what belongs to it."""
+ADVICE = (" Download it again.", " A merge would spread them: train or save the adapter again.")
+"""What readers of inputs say of a damaged one."""
 SHOWN = 3
 
 
@@ -52,9 +64,27 @@ def check_outputs(directory: Path, manifest: Manifest) -> Hashed:
     with ThreadPoolExecutor(HASHED_AT_ONCE, "hash") as pool:
         found = list(pool.map(lambda file: [*_of_output(directory, file)], manifest.outputs))
     listed = {PurePath(file.name).as_posix() for file in manifest.outputs}
-    beside = [name for name in _names_in(directory) if name not in listed and name not in UNLISTED]
+    strange = [name for name in _names_in(directory) if name not in listed and name not in UNLISTED]
+    beside = [name for name in strange if not name.endswith(WEIGHTS)]
     told = [f"beside the files of the merge lies {_listed(beside)}"] if beside else []
-    return Hashed(len(manifest.outputs), tuple(fault for own in found for fault in own), tuple(told))
+    faults = [fault for own in found for fault in own] + [*_of_strange_weights(set(strange).difference(beside))]
+    compared = [file for file in manifest.outputs if _has_hash(file) and not _is_outside(file)]
+    count = sum((directory / file.name).is_file() for file in compared)
+    return Hashed(count, tuple(faults), tuple(told))
+
+
+def _has_hash(file: OutputFile) -> bool:
+    return file.sha256 is not None or file.xxh3_128 is not None
+
+
+def _is_outside(file: OutputFile) -> bool:
+    name = PurePath(file.name)
+    return name.is_absolute() or ".." in name.parts
+
+
+def _of_strange_weights(names: Iterable[str]) -> Iterator[Fault]:
+    message = f"holds weights, and is not in {MANIFEST_NAME}: nothing proves them. Take it away, or merge again."
+    yield from (Fault(kind="output", where=name, message=message) for name in sorted(names))
 
 
 def _names_in(directory: Path) -> list[str]:
@@ -68,11 +98,14 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _of_output(directory: Path, file: OutputFile) -> Iterator[Fault]:
-    path, name = directory / file.name, PurePath(file.name)
-    if name.is_absolute() or ".." in name.parts:
+    path = directory / file.name
+    if _is_outside(file):
         message = f"lies outside of the output, where no merge writes: {MANIFEST_NAME} was changed. Merge again."
         yield Fault(kind="output", where=file.name, message=message)
         return
+    if not _has_hash(file):
+        message = f"has no hash in {MANIFEST_NAME}, where every file of an output has one. Merge again."
+        yield Fault(kind="output", where=file.name, message=message)
     try:
         if file.xxh3_128 is not None and path.is_file():
             yield from _of_tensors(path, file.name, file.xxh3_128)
@@ -80,7 +113,7 @@ def _of_output(directory: Path, file: OutputFile) -> Iterator[Fault]:
         if path.suffix == ".json" and path.is_file():
             read_object(path, where=file.name)
     except (CheckpointError, OSError) as error:
-        yield Fault(kind="output", where=file.name, message=f"cannot be read: {error} Merge again.")
+        yield Fault(kind="output", where=file.name, message=f"cannot be read: {without_advice(error)} Merge again.")
 
 
 def _of_file(path: Path, name: str, size: int, sha256: str | None, kind: FaultKind, advice: str) -> Iterator[Fault]:
@@ -137,15 +170,17 @@ def check_sources(manifest: Manifest, recipe: Recipe, registry: Registry, *, mus
                 0, (), (f"input '{source.label}' was in memory: nothing is left of it to compare, or to merge again",)
             )
         try:
+            require_local(str(entry.model), recipe.directory)
             path = resolve_model(str(entry.model), recipe.directory, download=None if must_exist else _stay_here)
+            refuse_devices(path)
             files = open_checkpoint(path, registry, label=source.label).files
         except MergeError as error:
             if must_exist:
-                message = f"cannot be opened: {error}. Put it back, or verify the output alone (--no-recompute)."
+                what = str(error).rstrip(".")
+                message = f"cannot be opened: {what}. Put it back, or verify the output alone (--no-recompute)."
                 return Hashed(0, (Fault(kind="source", where=source.label, message=message),), are_all_there=False)
             return Hashed(0, (), (f"input '{source.label}' was not checked: {error}",), are_all_there=False)
-        hashed = sum(file.sha256 is not None for file in source.files)
-        return Hashed(hashed, (*_of_source(files, source),), (*_without_hash(source),))
+        return _of_source(files, source)
 
     with ThreadPoolExecutor(HASHED_AT_ONCE, "hash") as pool:
         found = list(pool.map(check, recipe.models, manifest.sources))
@@ -161,16 +196,45 @@ def _stay_here(hub_id: HubId) -> Path:
     raise CheckpointError(f"{hub_id} is on the Hugging Face Hub, and is fetched only to be merged again")
 
 
-def _of_source(files: Sequence[Path], source: Source) -> Iterator[Fault]:
+def require_local(reference: str, directory: Path) -> None:
+    """Raise a ``CheckpointError`` where a path of an output's recipe that cannot be a name on the Hub leads nowhere."""
+    path = (directory / reference).resolve()
+    if (reference.startswith("..") or Path(reference).is_absolute()) and not path.exists():
+        raise CheckpointError(
+            f"there is no {path} ('{reference}' in {RECIPE_NAME}). Paths in {RECIPE_NAME} start from the output; it or "
+            "the inputs were moved"
+        )
+
+
+def refuse_devices(path: Path) -> None:
+    """Raise a ``CheckpointError`` where a path, or what lies in it, is neither file nor directory: pipes never end."""
+    for entry in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
+            raise CheckpointError(f"{entry}: is neither a file nor a directory, and is not read. Take it away.")
+
+
+def without_advice(error: Exception) -> str:
+    """What a reader says of a file, without what it says of inputs alone."""
+    text = str(error)
+    for advice in ADVICE:
+        text = text.removesuffix(advice)
+    return text
+
+
+def _of_source(files: Sequence[Path], source: Source) -> Hashed:
     names = [path.name for path in files]
     wanted = [file.name for file in source.files]
     if names != wanted:
         message = f"consists of {_listed(names)}; it was merged from {_listed(wanted)}. Put these back."
-        yield Fault(kind="source", where=source.label, message=message)
-        return
-    for path, file in zip(files, source.files, strict=True):
-        where, advice = f"{source.label}: {file.name}", "Put the file back that was merged, or merge again."
-        yield from _of_file(path, where, file.bytes, file.sha256, "source", advice)
+        return Hashed(0, (Fault(kind="source", where=source.label, message=message),), (*_without_hash(source),))
+    advice = "Put the file back that was merged, or merge again."
+    faults = [
+        fault
+        for path, file in zip(files, source.files, strict=True)
+        for fault in _of_file(path, f"{source.label}: {file.name}", file.bytes, file.sha256, "source", advice)
+    ]
+    hashed = sum(file.sha256 is not None for file in source.files)
+    return Hashed(hashed, tuple(faults), (*_without_hash(source),))
 
 
 def _without_hash(source: Source) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from mergekit_lowrank.engine import ARTEFACT_FILE, Destination, Device, Fold, Plan, run_plans
 from mergekit_lowrank.engine.adapter_files import rows_as_stored
 from mergekit_lowrank.engine.folding import BLOCK_ENTRIES
+from mergekit_lowrank.engine.merging import ARBITRARY_CUT
 from mergekit_lowrank.engine.sinks import Receipt, Sink
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.events import Event, ModuleMerged, SurveyRound
@@ -35,6 +36,8 @@ from mergekit_lowrank.verification.results import Fault, ModuleCheck
 
 __all__ = ["Compared", "recompute"]
 
+ANY_DIRECTIONS = 2.0
+"""What two updates of one norm differ by at most, relative to it."""
 STAGE = "verify"
 """What events call it."""
 CHANGED = (
@@ -51,11 +54,13 @@ class Compared:
         check: how far they are apart; None where nothing could be compared.
         faults: what is wrong.
         information: what is not.
+        keeps_other_directions: whether they differ as a cut between equal singular values leaves open.
     """
 
     check: ModuleCheck | None = None
     faults: tuple[Fault, ...] = ()
     information: tuple[str, ...] = ()
+    keeps_other_directions: bool = False
 
     @classmethod
     def of(cls, module: str, difference: Difference) -> Compared:
@@ -65,6 +70,12 @@ class Compared:
             module=module, error=error, tolerance=difference.tolerance, is_identical=difference.is_identical
         )
         return cls(check) if check.is_ok else cls(check, (_deviation(module, difference),))
+
+    def of_equal_norm(self, found: float, expected: float, rounding: float) -> Compared:
+        """The same of a module whose directions were left open: only its norm has to agree, up to rounding."""
+        if self.check is None or self.check.is_ok or not abs(found - expected) <= rounding:
+            return self
+        return Compared(self.check.model_copy(update={"tolerance": ANY_DIRECTIONS}), keeps_other_directions=True)
 
 
 def _deviation(module: str, difference: Difference) -> Fault:
@@ -103,12 +114,13 @@ def recompute(
     """
     bought = {module.name for module in plan.modules if isinstance(module.rank, BudgetRank)}
     ranks = {module.module: module.rank or 1 for module in said.modules if module.module in bought}
+    is_open = {own.module for own in said.modules if any(text.startswith(ARBITRARY_CUT) for text in own.warnings)}
 
     def open_sink(made: Plan) -> Sink:
         if found.model is not None and made.fold is not None:
-            return _ModelComparison(directory, found.model, made.fold)
+            return _ModelComparison(directory, is_open, found.model, made.fold)
         assert found.adapter is not None  # noqa: S101 - something is opened
-        return _AdapterComparison(directory, made, found.adapter, found.places)
+        return _AdapterComparison(directory, is_open, made, found.adapter, found.places)
 
     destination = Destination(open_sink, ranks=ranks or None)
     told = _Told(tell, len(plan.modules))
@@ -142,9 +154,11 @@ class _Comparison(Sink):
 
     Args:
         directory: of the output.
+        is_open: modules that were cut between equal singular values: which directions are left is chance.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, is_open: Collection[str]) -> None:
+        self._is_open = is_open
         path = directory / ARTEFACT_FILE
         self._artefacts = open_tensors(path) if path.is_file() else None
 
@@ -195,13 +209,16 @@ class _AdapterComparison(_Comparison):
 
     Args:
         directory: of the output.
+        is_open: modules that were cut between equal singular values.
         plan: what is merged again.
         found: the adapter, opened.
         places: where the modules lie in it.
     """
 
-    def __init__(self, directory: Path, plan: Plan, found: Checkpoint, places: Mapping[str, Place]) -> None:
-        super().__init__(directory)
+    def __init__(
+        self, directory: Path, is_open: Collection[str], plan: Plan, found: Checkpoint, places: Mapping[str, Place]
+    ) -> None:
+        super().__init__(directory, is_open)
         self._plan, self._found, self._places = plan, found, places
 
     def _compared(self, module: str, update: Update) -> Compared:
@@ -212,7 +229,12 @@ class _AdapterComparison(_Comparison):
         if isinstance(update, LowRankUpdate) and isinstance(stored, LowRankUpdate):
             if stored.shape != update.shape:
                 return _other_shape(module, stored.shape, update.shape)
-            return Compared.of(module, difference_of_factors(stored, update))
+            difference = difference_of_factors(stored, update)
+            compared = Compared.of(module, difference)
+            if module not in self._is_open:
+                return compared
+            size = norm(update)
+            return compared.of_equal_norm(norm(stored), size, difference.tolerance * size)
         return Compared.of(module, difference_of_roundings(self._blocks(module, place, update)))
 
     def _blocks(self, module: str, place: Place, update: Update) -> Iterator[tuple[Tensor, Tensor]]:
@@ -231,19 +253,21 @@ class _ModelComparison(_Comparison):
 
     Args:
         directory: of the output.
+        is_open: modules that were cut between equal singular values.
         found: the model, opened.
         fold: how the updates come into it.
     """
 
-    def __init__(self, directory: Path, found: ModelDirectory, fold: Fold) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: Path, is_open: Collection[str], found: ModelDirectory, fold: Fold) -> None:
+        super().__init__(directory, is_open)
         self._found, self._fold = found, fold
 
     def copy(self, key: str) -> Receipt:
         """Compare a tensor that no input changes with that of the base."""
         wanted = self._fold.layout.spec(key)
-        if self._found.source.specs.get(key) != wanted:
-            message = f"is {self._found.source.specs.get(key)}; the base has {wanted}. Merge again."
+        own = self._found.source.specs.get(key)
+        if own != wanted:
+            message = f"is {own or 'missing'}; the base has {wanted}. Merge again."
             return Receipt(key, 0, payload=Compared(None, (Fault(kind="structure", where=key, message=message),)))
         for base, found in self._pairs(key):
             wide = base.float() if base.dtype.itemsize < torch.float32.itemsize else base
@@ -272,10 +296,21 @@ class _ModelComparison(_Comparison):
         worst = max(all_found, key=lambda own: own.difference.error if own.difference.error >= 0 else math.inf)
         is_identical = all(own.difference.is_identical for own in all_found)
         compared = Compared.of(module, replace(worst.difference, is_identical=is_identical))
+        if module in self._is_open and compared.faults:
+            added, rounding = self._added_norm(key)
+            compared = compared.of_equal_norm(added, size, TOLERANCE * size + rounding)
         if size and not any(own.is_changed for own in all_found):
             told = f"module '{module}': its update is too small for the type of the base, which it does not change"
             return replace(compared, information=(told,))
         return compared
+
+    def _added_norm(self, key: str) -> tuple[float, float]:
+        """‖found − base‖_F, and what rounding to the stored type can change it by."""
+        added = rounding = 0.0
+        for base, found in self._pairs(key):
+            added += float((found.double() - base.double()).square().sum())
+            rounding += float(half_gap(found).square().sum())
+        return math.sqrt(added), math.sqrt(rounding)
 
     def _of_tensor(self, key: str, update: LowRankUpdate | DenseUpdate, size: float) -> _Added:
         base = self._fold.base

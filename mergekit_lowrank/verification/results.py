@@ -47,7 +47,10 @@ class ModuleCheck(_Frozen):
         description="‖found − recomputed‖_F / ‖recomputed‖_F of its update; null where that is no finite number: what "
         "was found holds one that is not, or should be zero"
     )
-    tolerance: float = Field(description="1e-4, and what the rounding of the stored type can come to in this module")
+    tolerance: float = Field(
+        description="1e-4, and what the rounding of the stored type can come to in this module; 2 where it was cut "
+        "between equal singular values, and the norms agree"
+    )
     is_identical: bool = Field(description="whether every bit is the same")
 
     @property

@@ -14,15 +14,23 @@ from mergekit_lowrank.errors import CheckpointError, DiskError, InterruptedMerge
 from mergekit_lowrank.events import Event
 from mergekit_lowrank.executors import Executor
 from mergekit_lowrank.formats import INDEX_NAME, REPORT_NAME
-from mergekit_lowrank.formats.checked import read_object
 from mergekit_lowrank.recipe import Recipe, load_recipe
 from mergekit_lowrank.registry import Registry
 from mergekit_lowrank.report.manifest import Manifest
 from mergekit_lowrank.requests import plans_of
 from mergekit_lowrank.verification.contents import Contents, Said, read_contents
-from mergekit_lowrank.verification.hashing import RECIPE_NAME, Hashed, check_outputs, check_sources
+from mergekit_lowrank.verification.hashing import (
+    RECIPE_NAME,
+    Hashed,
+    check_outputs,
+    check_sources,
+    refuse_devices,
+    require_local,
+    without_advice,
+)
 from mergekit_lowrank.verification.recomputing import Compared, recompute
 from mergekit_lowrank.verification.results import Fault, Verification
+from mergekit_lowrank.verification.sweeps import beside_variants, faults_of_variant, read_index
 
 __all__ = ["Means", "verification_of"]
 
@@ -62,33 +70,54 @@ def verification_of(directory: Path, location: str, means: Means, *, recomputes:
     """
     if (directory / INDEX_NAME).is_file():
         return _of_sweep(directory, location, means, recomputes=recomputes)
+    return _of_output(directory, location, means, recomputes=recomputes)
+
+
+def _of_output(directory: Path, location: str, means: Means, *, recomputes: bool) -> Verification:
+    """That of the output of one merge."""
     if not directory.is_dir():
-        raise CheckpointError(f"{location}: there is no such directory; expected what a merge has made.")
+        what = "is no directory" if directory.exists() else "there is no such directory"
+        raise CheckpointError(f"{location}: {what}; expected what a merge has made.")
+    refuse_devices(directory)
     return _Verifying(directory, location, Manifest.read(directory), means).run(recomputes=recomputes)
 
 
 def _of_sweep(directory: Path, location: str, means: Means, *, recomputes: bool) -> Verification:
     """That of all variants that the index names, as one."""
-    index = read_object(directory / INDEX_NAME, where=location)
-    try:
-        names = tuple(str(variant["name"]) for variant in index["variants"])  # type: ignore[attr-defined]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / INDEX_NAME}: does not list variants. Merge again.") from error
-    found = {name: verification_of(directory / name, name, means, recomputes=recomputes) for name in names}
-    checks = [(name, check) for name, own in found.items() for check in own.recomputed]
-    faults = [(name, fault) for name, own in found.items() for fault in own.faults]
-    said = [(name, text) for name, own in found.items() for text in own.information]
+    index = read_index(directory)
+    found: dict[str, Verification] = {}
+    faults: list[Fault] = []
+    for variant in index:
+        own = directory / variant.name
+        try:
+            found[variant.name] = _of_output(own, f"{location}/{variant.name}", means, recomputes=recomputes)
+            faults += faults_of_variant(variant, own)
+        except CheckpointError as error:
+            message = f"cannot be verified: {without_advice(error)}"
+            faults.append(Fault(kind="structure", where=variant.name, message=message))
     return Verification(
         location=location,
-        variants=names,
+        variants=tuple(variant.name for variant in index),
         output_files=sum(own.output_files for own in found.values()),
         source_files=sum(own.source_files for own in found.values()),
         modules=sum(own.modules for own in found.values()),
-        is_recomputed=all(own.is_recomputed for own in found.values()),
-        recomputed=tuple(check.model_copy(update={"module": f"{name}/{check.module}"}) for name, check in checks),
-        faults=tuple(fault.model_copy(update={"where": f"{name}/{fault.where}"}) for name, fault in faults),
-        information=tuple(f"{name}: {text}" for name, text in said),
+        is_recomputed=bool(found) and all(own.is_recomputed for own in found.values()),
+        recomputed=tuple(
+            check.model_copy(update={"module": f"{name}/{check.module}"})
+            for name, own in found.items()
+            for check in own.recomputed
+        ),
+        faults=(*faults, *(_of_variant(name, fault) for name, own in found.items() for fault in own.faults)),
+        information=(
+            *beside_variants(directory, index),
+            *(f"{name}: {text}" for name, own in found.items() for text in own.information),
+        ),
     )
+
+
+def _of_variant(name: str, fault: Fault) -> Fault:
+    """A fault of a variant, named with it once."""
+    return fault if fault.where == name else fault.model_copy(update={"where": f"{name}/{fault.where}"})
 
 
 class _Verifying:
@@ -139,6 +168,8 @@ class _Verifying:
         return hashed
 
     def _read(self) -> tuple[Said | None, Contents]:
+        if any(fault.where == REPORT_NAME for fault in self._faults) and not (self._directory / REPORT_NAME).exists():
+            return None, Contents()  # which is a fault already
         try:
             said = Said.read(self._directory)
         except CheckpointError as error:
@@ -189,6 +220,9 @@ class _Verifying:
             MergeError: there is none, or of something else than the output.
         """
         registry, workers = self._means.registry, self._means.executor.workers
+        if recipe.base_model is not None:
+            require_local(recipe.base_model, recipe.directory)
+            refuse_devices(recipe.directory / recipe.base_model)
         plans = [*plans_of(recipe, registry, workers, self._means.memory_bytes, strict=False).values()]
         if len(plans) > 1:
             raise recipe.problem(("sweep",), f"makes {len(plans)} outputs, and this is one")
@@ -201,6 +235,7 @@ class _Verifying:
         """What the recomputation found."""
         self._faults += [fault for own in found for fault in own.faults]
         self._information += [text for own in found for text in own.information]
+        self._information += _other_directions(found)
         self._information += _other_labels(plan, self._manifest)
         reported, planned = {module.module for module in said.modules}, {module.name for module in plan.modules}
         for names, what in (
@@ -209,6 +244,17 @@ class _Verifying:
         ):
             message = f"{what}: the recipe or an input changed. Merge again."
             self._faults += [Fault(kind="recipe", where=name, message=message) for name in sorted(names)]
+
+
+def _other_directions(found: Sequence[Compared]) -> Iterator[str]:
+    """Modules that rounding decides, as their warnings say."""
+    modules = [own.check.module for own in found if own.keeps_other_directions and own.check is not None]
+    if modules:
+        more = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
+        yield (
+            f"'{modules[0]}'{more}: cut between equal singular values, which leaves directions open; merged again, "
+            "other ones of the same norm are kept"
+        )
 
 
 def _other_labels(plan: Plan, manifest: Manifest) -> Iterator[str]:

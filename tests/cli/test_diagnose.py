@@ -70,3 +70,12 @@ def test_diagnose_refuses_what_a_merge_refuses(recipe, arguments, message):
     result = run("diagnose", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(("page", "said"), [("there", "is a directory"), ("nowhere/page.html", "does not exist")])
+def test_a_page_that_cannot_be_written_is_known_before(recipe, tmp_path, monkeypatch, page: str, said: str) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("mergekit_lowrank.cli.diagnosing.diagnose", lambda *_, **__: pytest.fail("diagnosed"))
+    result = run("diagnose", recipe, "--html", str(tmp_path / page))
+    assert result.exit_code == 2
+    assert said in result.stderr

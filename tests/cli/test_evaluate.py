@@ -71,6 +71,26 @@ def test_a_failing_evaluator_exits_with_2(workplace):
     assert "error: task 'sums', the base: judges:judge raised KeyError: 'arc' (judges.py:1)" in result.stderr
 
 
+@pytest.mark.parametrize(("options", "is_told"), [((), True), (("-o", "found.json"), False)])
+def test_a_failure_tells_how_finished_runs_are_kept(workplace, options, is_told):
+    (workplace / "judges.py").write_text("def judge(adapter, base): raise SystemExit(0)\n")
+    result = run("evaluate", "recipe.yaml", "--tasks", "tasks.yaml", *options)
+    assert result.exit_code == 2
+    assert "judges:judge raised SystemExit: 0 (judges.py:1)" in result.stderr
+    assert ("add -o FILE so that finished runs are kept" in result.stderr) is is_told
+
+
+def test_the_schema_of_tasks_takes_a_tasks_file(workplace):
+    validators = pytest.importorskip("jsonschema")
+    schema = json.loads(succeeds("schema", "tasks"))
+    validators.Draft202012Validator.check_schema(schema)
+    command = {"command": "run {adapter}", "score": "results.acc", "examples": {"path": ["a", 0]}, "count": 10}
+    validators.validate({"tasks": {"arc": command, "math": {"python": "judges:judge"}}}, schema)
+    validators.validate({"tasks": {"arc": {"command": ["run", "{adapter}"], "score": ["a", "b"]}}}, schema)
+    for wrong in ({"tasks": {"arc": {"comand": "x"}}}, {"tasks": {"arc": {"command": 3}}}, {}):
+        assert not validators.Draft202012Validator(schema).is_valid(wrong)
+
+
 def test_an_interrupted_evaluation_says_what_is_kept(workplace):
     (workplace / "judges.py").write_text(f"{JUDGES}\n    raise KeyboardInterrupt\n".replace("    return", "    _ ="))
     result = run("evaluate", "recipe.yaml", "--tasks", "tasks.yaml", "-o", "found.json")

@@ -152,9 +152,9 @@ def test_a_recipe_that_is_not_there_ends_with_2_and_without_a_traceback(tmp_path
     assert finished.stderr == "error: nothing.yaml: there is no such file\n"
 
 
-@pytest.mark.parametrize("executor", ["serial", "threads"])
 @pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("executor", "number", "status", "word"),
+    [("serial", signal.SIGTERM, 143, "terminated"), ("threads", signal.SIGINT, 130, "interrupted")],
 )
 def test_a_merge_that_is_stopped_goes_on_when_it_is_run_again(recipe, tmp_path, executor, number, status, word):
     succeeds("merge", recipe, "whole")

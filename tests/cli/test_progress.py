@@ -165,3 +165,13 @@ def test_quiet_merges_have_no_progress(recipe, monkeypatch):
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
     assert "merge: 4 of 4 modules (100 %)" in run("merge", recipe, "out").stderr
     assert run("merge", recipe, "quiet", "--quiet").stderr == ""
+
+
+def test_what_is_left_of_a_round_is_told_from_the_modules_after_the_first(clock, capsys):
+    """A round is heard of when its first module is done: how long that one took is not known."""
+    bar = ProgressBar()
+    for _ in range(4):
+        clock[0] += 100
+        bar.handle(SurveyRound("m", 1, 10, "diagnosis"))
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "diagnosis, round 1: 4 of 10 modules (40 %) in 05:00, about 10:00 left"

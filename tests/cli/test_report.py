@@ -73,7 +73,7 @@ def test_figures_are_written_as_images(other, workplace, monkeypatch):
     monkeypatch.setattr("mergekit_lowrank.cli.reporting.write_image", lambda figure, path: path.write_text(figure.key))
     printed = succeeds("report", "merged", "other", "--png", "figures")
     names = sorted(path.name for path in (workplace / "figures").iterdir())
-    assert {"distance.png", "spectra-0.png"} <= {*names}
+    assert {"distance.png", "spectra-q-proj.png"} <= {*names}
     assert [(workplace / "figures" / name).read_text() + ".png" for name in names] == names
     assert all(f"wrote figures/{name}\n" in printed for name in names)
 
@@ -147,10 +147,37 @@ def test_a_sweep_names_its_variants(recipe):
     assert "swept: holds a sweep. Name one of its variants: " in result.stderr
 
 
-def test_three_outputs_are_too_many(merged):
-    result = run("report", "merged", "merged", "merged")
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_output_or_two_are_reported_on(count, merged):
+    result = run("report", *["merged"] * count)
     assert result.exit_code == 2
-    assert "expected one output or two, found 3" in result.stderr
+    assert f"expected one output or two, found {count}" in result.stderr
+
+
+@pytest.mark.parametrize("beside", [(), ("merged",)])
+@pytest.mark.parametrize(("name", "said"), [("nothing", "there is no such directory"), ("page", "is no directory")])
+def test_what_is_no_directory_is_named(beside, name, said, merged, workplace):
+    (workplace / "page").write_text("mine")
+    result = run("report", *beside, name)
+    assert result.exit_code == 2
+    assert f"error: {name}: {said}; expected what a merge has made." in result.stderr
+
+
+def test_images_do_not_go_into_a_file(merged, workplace):
+    (workplace / "figures").write_text("mine")
+    result = run("report", "merged", "--png", "figures")
+    assert result.exit_code == 2
+    assert "error: figures: is no directory; expected one to write images into." in result.stderr
+
+
+def test_a_page_that_cannot_be_written_is_named_as_it_was_asked_for(merged, workplace):
+    result = run("report", "merged", "-o", "nothing/page.html")
+    assert result.exit_code == 2
+    assert "error: nothing/page.html: cannot be written: No such file or directory." in result.stderr
+    (workplace / "page").mkdir()
+    result = run("report", "merged", "-o", "page", "--overwrite")
+    assert "error: page: cannot be written: " in result.stderr
+    assert [path.name for path in workplace.glob(".*")] == []
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_lowrank.diagnostics import Diagnosis, Finding
 from mergekit_lowrank.diagnostics.findings import RULES
-from mergekit_lowrank.diagnostics.wording import counted, named, others, places
+from mergekit_lowrank.diagnostics.wording import counted, named, others, places, short
 from mergekit_lowrank.lowrank import LowRankUpdate
 
 from .crafted import D_OUT, LEFT, RIGHT, SCALING, along, diagnosed, diagnosed_modules, update_of
@@ -101,7 +101,7 @@ def test_a_dominating_norm_is_weighed(factor: float, severity: str | None) -> No
     for own in found:
         assert own.inputs == ("adapter#3",)
         assert f"has {factor:g} × the norm of the others" in own.message
-        assert own.numbers["levelling_weight"] == pytest.approx(1 / factor)
+        assert own.numbers["levelling_factor"] == pytest.approx(1 / factor)
         assert f"a weight of {1 / factor:.3g} gives it the norm of the others" in own.advice
 
 
@@ -109,13 +109,62 @@ def test_an_input_that_vanishes_is_told_unless_the_other_dominates() -> None:
     small = along(4).scaled(1 / 20)
     own = finding(diagnosed({"a": along(0), "b": along(2), "c": small}, **ALL), "vanishing_norm")
     assert own.message.startswith("adapter#3, times its weight, has 1/20 of the norm of the others")
-    assert own.numbers["levelling_weight"] == pytest.approx(20)
+    assert own.numbers["levelling_factor"] == pytest.approx(20)
+    assert own.advice == "a weight of 20 gives it the norm of the others"
     assert rules(diagnosed({"a": along(0), "c": small}, **ALL)) == ["dominating_norm"]
 
 
 def test_a_weight_counts_in_the_norm() -> None:
     updates = {"a": along(0), "b": along(2), "c": along(4).scaled(40)}
     assert "dominating_norm" not in rules(diagnosed(updates, weights={"c": 1 / 40}, **ALL))
+
+
+def test_beside_one_that_dominates_the_others_do_not_vanish() -> None:
+    found = rules(diagnosed({"a": along(0), "b": along(2), "big": along(4).scaled(100)}, **ALL))
+    assert "dominating_norm" in found
+    assert "vanishing_norm" not in found
+
+
+def test_weights_that_differ_are_levelled_by_a_factor() -> None:
+    modules = {f"layers.{n}.q": {"a": along(0), "b": along(2), "c": along(4)} for n in range(3)}
+    found = diagnosed_modules(modules, weights={"a": [-30.0, 0.0]}, **ALL)  # type: ignore[dict-item]
+    own = finding(found, "dominating_norm")
+    assert f"its weights times {short(own.numbers['levelling_factor'])} give it the norm of the others" in own.advice
+
+
+def test_where_one_side_is_nearly_zero_no_weight_is_advised() -> None:
+    own = finding(diagnosed({"a": along(0), "b": along(2).scaled(1e-6)}, **ALL), "dominating_norm")
+    assert "one side is nearly zero" in own.advice
+    assert "a weight of" not in own.advice
+
+
+@pytest.mark.parametrize(("weights", "severity"), [({"a": 0.0}, "notice"), ({"a": 0.0, "b": 0.0}, "warning")])
+def test_an_input_of_weight_zero_is_told(weights: dict[str, float], severity: str) -> None:
+    found = diagnosed({"a": along(0), "b": along(2)}, weights=weights, **ALL)
+    own = [own for own in found.findings if own.rule == "zero_weight"]
+    assert [item.severity for item in own] == [severity] * len(weights)
+    assert ("the merge is zero" in own[0].message) == (severity == "warning")
+
+
+def test_pairs_of_weight_zero_are_no_duplicates_and_do_not_conflict() -> None:
+    found = rules(diagnosed({"a": along(0), "b": along(0), "c": along(2)}, weights={"b": 0.0}, **ALL))
+    assert not {"duplicate_inputs", "opposed_inputs", "sign_conflict"} & {*found}
+
+
+def test_a_small_update_does_not_cancel_a_large_one() -> None:
+    found = rules(diagnosed({"a": along(0), "b": along(0).scaled(-1e-3)}, **ALL))
+    assert not {"opposed_inputs", "sign_conflict"} & {*found}
+
+
+def test_a_duplicate_of_a_part_is_named_with_its_modules() -> None:
+    modules = {f"layers.{n}.q": {"a": along(2 * n), **({"b": along(0)} if n == 0 else {})} for n in range(3)}
+    own = finding(diagnosed_modules(modules, **ALL), "duplicate_inputs")
+    assert "are the same update in 1 module (layer 0, q), all that both have (cosine 1.0000)" in own.message
+    assert own.numbers["norm_ratio"] == pytest.approx(1)
+
+
+def test_duplicates_share_their_spaces_without_being_told() -> None:
+    assert rules(diagnosed({"a": along(0), "b": along(0)}, **ALL)).count("shared_columns") == 0
 
 
 def test_shared_spaces_are_told_with_their_layers_and_for_each_side() -> None:

@@ -8,6 +8,8 @@ import torch
 
 from mergekit_lowrank.diagnostics import Finding, diagnose
 from mergekit_lowrank.diagnostics.page import diagnosis_figures, diagnosis_page
+from mergekit_lowrank.lowrank import independent_conflict
+from mergekit_lowrank.pages.colours import limits_of
 from mergekit_lowrank.report.schemas import json_schema
 
 from .crafted import along, diagnosed, diagnosed_modules, write_adapters
@@ -70,10 +72,30 @@ def test_means_over_modules_are_weighted_with_their_energy(figures, crafted):
     assert by_type == pytest.approx(crafted.inputs[0].robustness_head, rel=1e-9)
 
 
+def test_small_differences_look_small(figures):
+    assert figures["overview-shares"].whole == 100.0
+    low, high = limits_of(figures["modules-cosines"])
+    assert -low == high >= 0.1
+
+
+def test_sign_conflict_is_told_beside_that_of_independent_inputs(figures, crafted):
+    chance = 100 * independent_conflict([own.weighted_norm for own in crafted.inputs])
+    low, high = limits_of(figures["modules-sign-conflict"])
+    assert low <= max(0.0, chance - 5) < chance + 5 <= high
+    assert f"would have {chance:.3g} %" in figures["modules-sign-conflict"].description
+    assert f"independent inputs: {chance:.3g} %" in diagnosis_page(crafted)
+
+
+def test_what_all_figures_of_a_part_share_is_said_once(crafted):
+    page = diagnosis_page(crafted)
+    assert page.lower().count("each row is a module type") == 1
+    assert page.lower().count("weighted with the squared norm") == 1
+
+
 def test_the_findings_come_first_with_their_numbers(crafted):
     page = diagnosis_page(crafted)
     first = crafted.findings[0]
-    assert page.index(first.rule) < page.index('class="numbers"')
+    assert page.index(first.rule) < page.index('<dl class="numbers')
     assert page.count("card finding") == len(crafted.findings)
     for name in first.numbers:
         assert name.replace("_", " ") in page

@@ -68,7 +68,7 @@ def test_the_plugin_of_the_readme_has_fifteen_lines() -> None:
     assert len(block.text.splitlines()) <= 15
 
 
-@pytest.mark.parametrize("page", ["write-a-strategy", "write-a-plugin"])
+@pytest.mark.parametrize("page", [pytest.param("write-a-strategy", marks=pytest.mark.exhaustive), "write-a-plugin"])
 def test_the_extensions_of_a_page_keep_the_contracts_that_it_gives_them(page: str, workplace: Path) -> None:
     path = ROOT / "docs" / "how-to" / f"{page}.md"
     install(path, workplace)

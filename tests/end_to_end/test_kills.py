@@ -29,7 +29,7 @@ def recipe_of(root: Path, **keys) -> dict:
     return {"merge_method": "ties", "models": [{"model": str(path)} for path in paths], **keys}
 
 
-@pytest.mark.parametrize("rank", [8, {"energy": 0.5}])
+@pytest.mark.parametrize("rank", [8, pytest.param({"energy": 0.5}, marks=pytest.mark.exhaustive)])
 def test_whatever_the_moment_of_a_kill_the_bytes_are_the_same(tmp_path, rank) -> None:
     (tmp_path / "merges").mkdir()
     killer = Killer(recipe_of(tmp_path, output={"rank": rank}), tmp_path / "merges")

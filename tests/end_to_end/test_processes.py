@@ -80,9 +80,7 @@ def test_threads_hash_seed_and_executor_do_not_change_a_byte(tmp_path, method) -
     modules = {f"layers.{layer}.{name}": (96, 64) for layer in range(3) for name in ("q", "v")}
     paths = [write_tiny_adapter(tmp_path / f"in{seed}", modules, rank=8, seed=seed) for seed in range(3)]
     digests = set()
-    for i, (threads, hash_seed, executor) in enumerate(
-        [("1", "0", "serial"), ("4", "7", "threads")]
-    ):
+    for i, (threads, hash_seed, executor) in enumerate([("1", "0", "serial"), ("4", "7", "threads")]):
         out = tmp_path / f"out{i}"
         recipe = recipe_of(paths, method, scale="auto")
         run(

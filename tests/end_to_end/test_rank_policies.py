@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank import Adapter, RecipeError, Reporter, SurveyRound, merge
+from mergekit_lowrank.engine.merging import ARBITRARY_CUT
 from mergekit_lowrank.formats import tensor_names
 from mergekit_lowrank.lowrank import krylov, truncation
 from mergekit_lowrank.recipe import load_recipe
@@ -431,3 +432,28 @@ class TestCanonical:
         report = merge(recipe_of([path, path], "robustmerge", canonical="svd"), tmp_path / "out")
         assert report.totals.merged_norm > 0
         assert all(bool(t.isfinite().all()) for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values())
+
+
+def with_values(path, values):
+    """An adapter of one square module with these singular values."""
+
+    source = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(12, len(values), generator=source)).Q for _ in range(2))
+    write_tiny_adapter(path, {"layers.0.q": (12, 12)}, rank=len(values), lora_alpha=len(values))
+    names = load_file(path / "adapter_model.safetensors")
+    tensors = {
+        name: (left * torch.tensor(values)).contiguous() if "lora_B" in name else right.T.contiguous() for name in names
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_told"), [(1, False), (2, True), (3, False), (4, False)], ids=["gap", "cut", "gap again", "all"]
+)
+def test_a_cut_between_equal_singular_values_is_a_warning(tmp_path, rank, is_told) -> None:
+    path = with_values(tmp_path / "a", [3.0, 2.0, 2.0, 1.0])
+    merged = merge(recipe_of([path], "linear", output={"rank": rank}, out_dtype="float32"))
+    told = [warning for warning in merged.report.warnings if ARBITRARY_CUT in warning]
+    assert bool(told) == is_told
+    assert all("at rank 2: which directions are kept depends on rounding" in warning for warning in told)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank import CheckpointError, IncompatibleInputsError, OutputError, RecipeError, finalize, merge, plan
 from mergekit_lowrank.lowrank import densify
@@ -322,3 +322,12 @@ def test_of_a_fine_tune_that_becomes_an_adapter_changed_norms_lie_beside_the_fac
     assert settings["modules_to_save"] == ["model.norm"]
     read = merge(recipe | {"extras": "average"}).open(label="merged").read("model.layers.0.attn.q_proj")
     assert torch.allclose(densify(read), torch.ones(6, 4), atol=1e-5)
+
+
+def test_inputs_without_any_factors_make_no_adapter(tmp_path):
+    paths = saving(tmp_path)
+    for path in paths:
+        file = path / "adapter_model.safetensors"
+        save_file({key: tensor for key, tensor in load_file(file).items() if "lora_" not in key}, file)
+    with pytest.raises(IncompatibleInputsError, match=r"no module of 'in1', 'in2' has low-rank factors.*kind: model"):
+        plan(recipe_of(paths, extras="average"))

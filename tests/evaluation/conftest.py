@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 calls = []
-RIGHT = {"math": [1, 1, 1, 0], "code": [1, 0, 1, 1]}
-MERGED = [1, 1, 0, 0]
-BASE = [0, 1, 0, 0]
+RIGHT = {"math": [1, 1, 1, 0] * 8, "code": [1, 0, 1, 1] * 8}
+MERGED = [1, 1, 0, 0] * 8
+BASE = [0, 1, 0, 0] * 8
 
 
 def judge(adapter, base, *, task, fails=False):

@@ -5,6 +5,7 @@ import operator
 
 import numpy as np
 import pytest
+import torch
 
 from mergekit_lowrank.errors import EvaluationError
 from mergekit_lowrank.evaluation import Outcome
@@ -76,6 +77,48 @@ def test_many_examples_are_drawn_in_blocks(monkeypatch):
     assert np.array_equal(whole, blocks)
 
 
+@pytest.mark.parametrize("known", [outcome(3, 3), Outcome(score=1, count=3)], ids=["examples", "count"])
+def test_all_right_is_as_unsure_as_its_examples_are_few(known):
+    estimate = drawn({"merged": known})["merged"].estimate()
+    assert estimate.low == pytest.approx(0.025 ** (1 / 3), abs=0.03)  # Clopper & Pearson
+    assert estimate.high == 1
+
+
+@pytest.mark.parametrize(("count", "is_beyond_noise"), [(1, False), (3, False), (6, True)])
+def test_all_right_is_better_than_all_wrong_where_fishers_exact_test_says_so(count, is_beyond_noise):
+    known = drawn({"merged": outcome(count, count), "base": outcome(0, count)})
+    difference = combined(operator.sub, known["merged"], known["base"]).estimate()
+    assert difference.value == 1
+    assert difference.is_beyond_noise is is_beyond_noise
+
+
+@pytest.mark.parametrize("known", [as_outcome([0.7, 0.7]), Outcome(score=0.7, stderr=0)], ids=["examples", "stderr"])
+def test_what_does_not_vary_has_no_interval(known):
+    assert drawn({"merged": known})["merged"].estimate().low is None
+
+
+def test_the_same_gain_on_every_example_is_no_certainty():
+    known = drawn({"merged": as_outcome([0.3, 0.5, 0.8]), "base": as_outcome([0.2, 0.4, 0.7])})
+    difference = combined(operator.sub, known["merged"], known["base"]).estimate()
+    assert difference.low is None
+    assert not difference.is_beyond_noise
+
+
+def test_many_examples_give_the_intervals_that_drawing_them_one_by_one_does(monkeypatch):
+    known = {"merged": outcome(1500, 2000), "base": as_outcome([0, 1] * 1000)}
+
+    def difference():
+        samples = drawn(known)
+        return combined(operator.sub, samples["merged"], samples["base"]).estimate()
+
+    counted = difference()
+    monkeypatch.setattr("mergekit_lowrank.evaluation.bootstrap.COUNTED_FROM", 1 << 30)
+    one_by_one = difference()
+    assert counted != one_by_one
+    assert counted.value == one_by_one.value
+    assert (counted.low, counted.high) == pytest.approx((one_by_one.low, one_by_one.high), abs=0.004)
+
+
 def test_models_judged_on_other_examples_cannot_be_compared():
     with pytest.raises(EvaluationError, match="'arc': outcomes of 9 of 'merged', 8 of 'base'; expected the same exam"):
         drawn({"merged": outcome(5, 9), "base": outcome(5, 8)})
@@ -137,7 +180,18 @@ def test_outcomes_of_examples_come_in_any_sequence(found):
     assert as_outcome(found) == Outcome(score=2 / 3, examples=(1, 0, 1))
 
 
-@pytest.mark.parametrize("found", ["0.5", None, [], [0.5, "x"], math.nan, {"acc": 1}])
+@pytest.mark.parametrize(
+    "found", [[np.float32(1), np.bool_(False), np.int64(1)], [torch.tensor(1), torch.tensor(0.0), torch.tensor(True)]]
+)
+def test_scalars_of_numpy_and_torch_are_numbers(found):
+    assert as_outcome(found) == Outcome(score=2 / 3, examples=(1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "found",
+    ["0.5", None, [], [0.5, "x"], math.nan, {"acc": 1}, 10**400, 10**5000, [1, -(10**400)], [torch.tensor([1, 0])]],
+    ids=lambda found: f"{type(found).__name__}",
+)
 def test_what_is_no_score_is_refused(found):
     with pytest.raises((TypeError, ValueError)):
         as_outcome(found)

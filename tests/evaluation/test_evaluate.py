@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from mergekit_lowrank import Adapter, MergeError, OutputError, RecipeError, Reporter, merge
 from mergekit_lowrank.errors import EvaluationError
 from mergekit_lowrank.evaluation import Evaluation, evaluate, load_tasks, table
-from tests.cli.builders import tensors, write_adapter
+from tests.cli.builders import tensors, write_adapter, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +94,67 @@ def test_what_is_judged_anew_is_what_changed(merged, tasks, workplace):
     assert calls() == [("go", None), ("go", "merged")]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt", "chat_template.jinja"])
+def test_a_tokenizer_that_changed_is_judged_anew(merged, tasks, name):
+    evaluate(merged, tasks, results="results.json", resamples=10)
+    importlib.import_module("judging").calls.clear()
+    for told in ("README.md", "report.html", "recipe.yaml"):
+        with (merged / told).open("a") as file:
+            file.write("\n")
+    evaluate(merged, tasks, results="results.json", resamples=10)
+    assert calls() == []
+    (merged / name).write_text("new")
+    evaluate(merged, tasks, results="results.json", resamples=10)
+    assert calls() == [(task, "merged") for task in ("sums", "loops", "chess")]
+
+
+def test_a_local_base_that_changed_in_place_is_judged_anew(merged, tasks, workplace):
+    weights = workplace / "tiny" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("old")
+    tasks.write_text(f"base: tiny\n{tasks.read_text()}")
+    evaluate(merged, tasks, results="results.json", resamples=10)
+    importlib.import_module("judging").calls.clear()
+    evaluate(merged, tasks, results="results.json", resamples=10)
+    assert calls() == []
+    weights.write_text("newer")
+    evaluate(merged, tasks, results="results.json", resamples=10)
+    assert len(calls()) == 8
+
+
+def test_evaluators_get_paths_without_dots(workplace, tasks):
+    (workplace / "mc").mkdir()
+    recipe = workplace / "mc" / "recipe.yaml"
+    write_recipe(recipe, "../math", "../code")
+    (workplace / "seen.py").write_text(
+        "paths = []\ndef judge(adapter, base):\n    paths.append(str(adapter))\n    return 1\n"
+    )
+    evaluate(recipe, {"tasks": {"a": {"python": "seen:judge", "expert": "math"}}}, keep="mc/../kept", resamples=10)
+    seen = sys.modules.pop("seen")
+    assert seen.paths == ["None", str(workplace / "math"), str(workplace / "kept")]
+
+
+def test_few_examples_are_warned_of(workplace):
+    (workplace / "few.py").write_text("def judge(adapter, base): return [1, 1, 1] if adapter else [0, 0, 0]\n")
+    found = evaluate("recipe.yaml", {"tasks": {"a": {"python": "few:judge", "expert": "math"}}}, resamples=2000)
+    sys.modules.pop("few")
+    assert found.warnings == (
+        "a: fewer than 30 examples, so that intervals are rough and tend to be too narrow; add examples",
+    )
+    (row,) = found.tasks
+    assert row.merged.low == pytest.approx(0.29, abs=0.05)
+    assert row.merged.high == 1
+    assert not row.gain.is_beyond_noise
+
+
+def test_examples_that_came_out_alike_have_no_interval(workplace):
+    (workplace / "alike.py").write_text("def judge(adapter, base): return [0.5] * 40\n")
+    found = evaluate("recipe.yaml", {"tasks": {"a": {"python": "alike:judge"}}}, resamples=10)
+    sys.modules.pop("alike")
+    assert found.tasks[0].merged.low is None
+    assert found.warnings[0].startswith("a: some intervals are missing, since every example came out alike")
+
+
 def test_two_merges_are_compared_by_example(merged, tasks):
     merge({"merge_method": "linear", "models": [{"model": "math"}]}, "math-again")
     found = evaluate(merged, tasks, against="math-again", resamples=50)
@@ -125,7 +187,8 @@ def test_followers_hear_of_the_merge_and_then_of_every_run(tasks):
     assert names.count("MergeFinished") == 1
     assert names[-1] == "str"
     assert names.count("str") == 1
-    assert heard[names.index("MergeFinished") + 1].message.startswith("sums: base 0.25 (in ")
+    assert heard[names.index("MergeFinished") + 1].message.startswith("sums: base is being judged")
+    assert heard[names.index("MergeFinished") + 2].message.startswith("sums: base 0.25 (in ")
     assert heard[-2].message.startswith("chess: merged 0.5 (in ")
 
 

@@ -68,6 +68,30 @@ def test_the_output_may_be_a_file(workplace):
     assert outcome(task).score == 0.25
 
 
+def test_files_of_one_name_are_told_apart_by_their_directories(workplace):
+    code = (
+        "import sys, pathlib\n"
+        "for name in 'ab':\n"
+        "    path = pathlib.Path(sys.argv[1], name); path.mkdir(parents=True)\n"
+        "    (path / 'results.json').write_text('{\"acc\": 0.%d}' % ord(name))\n"
+    )
+    task = {"command": [*PYTHON, code, "{output}", "{adapter}"]}
+    several = "'acc' stands in several files: a/results.json, b/results.json; name one under 'file'"
+    assert several in refusal({**task, "score": "acc"})
+    assert several in refusal({**task, "score": {"path": "acc", "file": "results.json"}})
+    assert outcome({**task, "score": {"path": "acc", "file": "a/results.json"}}).score == 0.97
+
+
+def test_what_is_printed_stands_in_a_file(workplace):
+    code = "import sys; [print('x' * 1000) for _ in range(1000)]; print('acc=0.5'); sys.exit(len(sys.argv) > 2)"
+    task = {"command": [*PYTHON, code, "{adapter}"], "score": {"pattern": r"acc=([\d.]+)"}}
+    with evaluators_of(load_tasks({"tasks": {"arc": task}}), "org/base", None) as evaluators:
+        assert evaluators.outcome("arc", ADAPTER).score == 0.5
+        (printed,) = evaluators.scratch.rglob("stdout")
+        assert printed.stat().st_size > 1_000_000
+    assert refusal({**task, "command": [*task["command"], "fail"]}).endswith("\n  | acc=0.5")
+
+
 def test_placeholders_are_filled(workplace):
     text = '{{"acc": [1, 0], "said": "{adapter} {base} {task}"}}'.replace("{{", "{").replace("}}", "}")
     code = "import sys, json; d = json.loads(sys.argv[1]); print(json.dumps({d['said']: d['acc']}))"
@@ -122,9 +146,22 @@ def test_a_command_that_takes_too_long_ends_with_all_it_started(workplace):
     ("task", "said"),
     [
         (
-            printing('{"accuracy": 0.5}', score="acc"),
+            printing("no JSON", score="acc"),
             "'acc' is not in what the evaluator wrote: its standard output; look at what it writes (command: ",
         ),
+        (
+            printing('{"acc_norm": 0.5, "n": 4}', score="acc_nrm"),
+            "its standard output; the top level has the keys acc_norm, n; did you mean 'acc_norm'? (command: ",
+        ),
+        (
+            writing(("a.json", RESULTS), score="results.arc.acc"),
+            "is not in what the evaluator wrote: a.json; 'results.arc' has the keys acc,none, n (command: ",
+        ),
+        (
+            writing(("s.jsonl", '{"acc": 1}\n{"acc": 0}'), examples={"path": "exact", "file": "s.jsonl"}),
+            "s.jsonl; the top level has the keys acc (command: ",
+        ),
+        (printing('{"acc": 1' + "0" * 400 + "}", score="acc"), "expected a finite number or a list of them, found 1"),
         (
             writing(("a.json", '{"acc": 1}'), ("b.json", '{"acc": 0}'), score="acc"),
             "'acc' stands in several files: a.json, b.json; name one under 'file'",
@@ -154,6 +191,20 @@ def test_a_function_that_fails_is_named_with_its_place(workplace):
     assert refusal(task, adapter=None) == (
         "task 'arc', the base: judging:judge raised ValueError: no such benchmark (judging.py:14)"
     )
+
+
+@pytest.mark.parametrize("status", ["0", "3", "'over'"])
+def test_a_function_that_exits_has_failed(workplace, monkeypatch, status):
+    (workplace / "leaving.py").write_text(f"import sys\n\ndef judge(adapter, base): sys.exit({status})\n")
+    said = refusal({"python": "leaving:judge"})
+    sys.modules.pop("leaving")
+    assert f"leaving:judge raised SystemExit: {status.strip(chr(39))} (leaving.py:3)" in said
+
+
+def test_a_module_that_exits_cannot_be_imported(workplace):
+    (workplace / "gone.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(RecipeError, match="gone:judge cannot be imported: SystemExit: 0"):
+        outcome({"python": "gone:judge"})
 
 
 def test_a_function_that_returns_no_score_is_refused(workplace):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, StreamedUpdate, sign_conflict
+from mergekit_lowrank.lowrank import DenseUpdate, LowRankUpdate, StreamedUpdate, independent_conflict, sign_conflict
 from mergekit_lowrank.lowrank.conflict import EXACT_ENTRIES
 
 
@@ -118,3 +118,14 @@ def test_the_bound_between_whole_and_sampled_modules() -> None:
     wider = [random_update(seed, (side, side + 1)) for seed in range(2)]
     assert sign_conflict(updates, [1, 1], generator()).is_exact
     assert not sign_conflict(wider, [1, 1], generator()).is_exact
+
+
+def test_what_independent_updates_have() -> None:
+    source = generator(3)
+    updates = [DenseUpdate(torch.randn(100, 120, generator=source) * size) for size in (1.0, 2.0, 0.5)]
+    found = sign_conflict(updates, [1, 1, 1], generator())
+    wanted = independent_conflict([float(torch.linalg.matrix_norm(u.delta)) for u in updates])
+    assert found.is_exact
+    assert found.opposed == pytest.approx(wanted, abs=0.01)
+    assert independent_conflict([1.0, 0.0]) == 0
+    assert independent_conflict([0.0, 0.0]) is independent_conflict([1.0]) is None

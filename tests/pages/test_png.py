@@ -65,6 +65,12 @@ def test_bars_without_a_number_have_no_interval(matplotlib, tmp_path):
     assert (tmp_path / "all.svg").read_text() == (tmp_path / "other.svg").read_text()
 
 
+def test_the_axis_of_a_whole_ends_with_it(matplotlib, tmp_path):
+    bars = replace(BARS, intervals=(), whole=100.0)
+    write_image(bars, tmp_path / "whole.svg")
+    assert ">100</text>" in (tmp_path / "whole.svg").read_text()
+
+
 def test_what_a_program_set_in_matplotlib_changes_nothing(matplotlib, tmp_path):
     write_image(MAP, tmp_path / "plain.png")
     with matplotlib.rc_context({"font.size": 30, "figure.dpi": 10}):

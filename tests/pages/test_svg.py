@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergekit_lowrank.pages import Bars, Heatmap, Lines, Series, svg
+from mergekit_lowrank.pages.colours import limits_of
 
 VALUES = st.floats(-1e30, 1e30)
 
@@ -69,6 +70,12 @@ def test_both_sides_of_a_centre_are_told_apart() -> None:
     colours = [cell.attrib["fill"] for cell in cells(heatmap((-1.0, 0.0, 2.0), centre=0.0))]
     assert (colours[1], colours[2]) == ("#f7f7f7", "#2166ac")
     assert colours[0] not in colours[1:]
+
+
+def test_colours_reach_over_a_span_at_least() -> None:
+    assert limits_of(heatmap((0.01, -0.02), centre=0.0, span=(-0.1, 0.1))) == (-0.1, 0.1)
+    assert limits_of(heatmap((0.01, -0.5), centre=0.0, span=(-0.1, 0.1))) == (-0.5, 0.5)
+    assert limits_of(heatmap((16.0, 40.0), span=(10.0, 20.0))) == (10.0, 40.0)
 
 
 def test_what_is_missing_is_hatched_and_named_in_the_legend() -> None:
@@ -207,3 +214,9 @@ def test_names_are_escaped() -> None:
     ):
         assert "<b>" not in svg(own)
         tree(own)
+
+
+def test_a_bar_of_a_whole_is_as_long_as_its_share() -> None:
+    own = Bars("b", "Share", "Of each.", ("a", "b"), (49.0, 51.0), "%", whole=100.0)
+    widths = [bar.attrib["width"] for bar in tree(own).iter("rect") if bar.attrib["class"] == "bar"]
+    assert widths == ["49.00%", "51.00%"]

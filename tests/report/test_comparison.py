@@ -223,8 +223,8 @@ def test_figures_leave_out_what_does_not_differ(place):
     assert [*other][:2] == ["distance", "norm"]
     assert other["norm"].rows == ("q_proj", "v_proj")
     assert [value for row in other["norm"].values for value in row] == pytest.approx([-50.0] * 4, abs=1e-3)
-    assert [series.name for series in other["spectra-0"].series] == ["A", "B"]
-    top = [series.values[0] for series in other["spectra-0"].series]
+    assert [series.name for series in other["spectra-q-proj"].series] == ["A", "B"]
+    top = [series.values[0] for series in other["spectra-q-proj"].series]
     assert top[1] == pytest.approx(top[0] / 2, rel=1e-4)
 
 

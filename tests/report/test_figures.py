@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mergekit_lowrank.pages import Bars, Figure, Heatmap, Lines
+from mergekit_lowrank.pages.colours import limits_of
 from mergekit_lowrank.report.figures import chance_of_conflict, figures_of, mean_cosines, mean_sign_conflict
 from mergekit_lowrank.report.results import Report
 
@@ -104,7 +105,7 @@ def test_shares_of_a_layer_are_those_of_its_inputs() -> None:
 def test_spectra_are_root_mean_squares_over_the_modules_of_a_type() -> None:
     first = record("layers.0.q", ["math"], spectrum=[4.0, 3.0], input_spectra=[[3.0]], cosines=[[1.0]])
     second = record("layers.1.q", ["math"], spectrum=[2.0], input_spectra=[[1.0]], cosines=[[1.0]])
-    own = figure(report_of([first, second], ["math"]), "spectra-0")
+    own = figure(report_of([first, second], ["math"]), "spectra-q")
     assert isinstance(own, Lines)
     before, after = own.series
     assert before.values == (pytest.approx(5**0.5),)
@@ -113,7 +114,7 @@ def test_spectra_are_root_mean_squares_over_the_modules_of_a_type() -> None:
 
 
 def test_rounding_is_no_part_of_a_spectrum_and_dense_inputs_have_none() -> None:
-    own = figure(report_of([record("layers.0.q", spectrum=[1.0, 1e-9], input_spectra=[[], [2.0]])]), "spectra-0")
+    own = figure(report_of([record("layers.0.q", spectrum=[1.0, 1e-9], input_spectra=[[], [2.0]])]), "spectra-q")
     assert isinstance(own, Lines)
     assert [(series.name, series.values) for series in own.series] == [
         ("code", (2.0,)),
@@ -138,3 +139,21 @@ def test_the_slowest_modules_come_first() -> None:
     assert own.labels[:2] == ("layers.19.q", "layers.18.q")
     assert own.values[0] == pytest.approx(1900.0)
     assert len(own.labels) == 8
+
+
+def test_noise_does_not_fill_the_colours() -> None:
+    own = plain_report()
+    cosines = [[1.0, 0.02], [0.02, 1.0]]
+    quiet = report_of([record("layers.0.q", cosines=cosines), record("layers.1.q")], inputs=own.inputs)
+    assert limits_of(heatmap(quiet, "modules-cosine")) == pytest.approx((-0.125, 0.125))
+    assert limits_of(heatmap(report_of([record("q", cosines=cosines)]), "modules-cosine")) == (-0.1, 0.1)
+    chance = 100 * (chance_of_conflict(own) or 0.0)
+    near = report_of([record("q", sign_conflict=chance / 100)], inputs=own.inputs)
+    assert limits_of(heatmap(near, "modules-sign-conflict")) == pytest.approx((chance - 5, chance + 5))
+    assert limits_of(heatmap(own, "modules-sign-conflict")) == pytest.approx((chance - 5, 25.0))
+
+
+def test_shares_are_drawn_against_the_whole() -> None:
+    own = figure(plain_report(), "inputs-share")
+    assert isinstance(own, Bars)
+    assert own.whole == 100.0

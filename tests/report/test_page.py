@@ -230,3 +230,14 @@ def test_each_variant_of_a_sweep_has_a_page_and_can_be_replaced(tmp_path: Path) 
     for _ in range(2):
         merge(recipe, tmp_path / "out", overwrite=True)
     assert len(list((tmp_path / "out").glob("*/report.html"))) == 2
+
+
+def test_servers_are_called_as_people_write_them() -> None:
+    assert "loads in vLLM." in Outline(page_of(plain_report())).text
+    assert "loads in llama.cpp." in Outline(page_of(plain_report(server="llama.cpp"))).text
+
+
+def test_the_mean_cosine_has_three_decimals() -> None:
+    cosines = [[1.0, 0.00317], [0.00317, 1.0]]
+    text = Outline(page_of(report_of([record("layers.0.q", cosines=cosines)]))).text
+    assert re.search(r"Mean cosine\s*0\.003\s", text)

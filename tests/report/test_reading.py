@@ -78,3 +78,37 @@ def test_times_of_another_merge_are_refused(output: Path, change: dict[str, obje
     changed(output / "timings.json", **change)
     with pytest.raises(CheckpointError, match="are not of one merge"):
         Report.read(output)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"energy": None}, "modules.0.energy: Input should be a valid number"),
+        ({"cosines": [[1.0]]}, "is not of its inputs"),
+        ({"participants": ["who"]}, "is not of its inputs"),
+        ({"energy": float("nan")}, "no merge writes the number NaN"),
+        ({"energy": 1e300}, r"no merge writes the number 1e\+300"),
+        ({"rank_for_99": 10**400}, "no merge writes the number 1000"),
+    ],
+)
+def test_a_damaged_module_is_named(output: Path, change: dict[str, object], said: str) -> None:
+    modules = json.loads((output / "report.json").read_text())["modules"]
+    changed(output / "report.json", modules=[modules[0] | change, *modules[1:]])
+    with pytest.raises(CheckpointError, match=said):
+        Report.read(output)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"modules": []}, "it has a rank, and none of its modules has one"),
+        ({"modules": None}, "not iterable"),
+        ({"inputs": []}, "it has no inputs"),
+        ({"server": "apache"}, "there is no server 'apache'"),
+        ({"method": 3}, "method: Input should be a valid string"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_named(output: Path, change: dict[str, object], said: str) -> None:
+    changed(output / "report.json", **change)
+    with pytest.raises(CheckpointError, match=f"damaged: .*{said}.*Merge again"):
+        Report.read(output)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mergekit_lowrank import merge
 from mergekit_lowrank.api import verify
 from mergekit_lowrank.registry import Registry
+from mergekit_lowrank.report.manifest import sha256_of
 from mergekit_lowrank.testing import write_tiny_adapter
 from mergekit_lowrank.verification import Fault, Verification
 from tests.formats.builders import write_model
@@ -101,3 +102,10 @@ def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str
 
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
+
+
+def hash_again(output: Path, name: str) -> None:
+    """Put a changed file into the manifest, as one would who wants to hide the change."""
+    outputs = json.loads((output / "manifest.json").read_text())["outputs"]
+    now = {"bytes": (output / name).stat().st_size, "sha256": sha256_of(output / name)}
+    change_json(output / "manifest.json", outputs=[{**own, **now} if own["name"] == name else own for own in outputs])

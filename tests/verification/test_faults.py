@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_lowrank import CheckpointError, MemoryBudgetError, merge
+from mergekit_lowrank.engine.merging import ARBITRARY_CUT
 from tests.verification.builders import (
     FIRST,
     KEY_B,
@@ -20,6 +22,7 @@ from tests.verification.builders import (
     copy,
     fault,
     folded,
+    hash_again,
     kinds,
     merged,
     recipe_of,
@@ -269,6 +272,10 @@ class TestFiles:
             ("{", "cannot be read as JSON"),
             ("[]", "is not the manifest of a merge: all of it"),
             ("{}", "is not the manifest of a merge: schema_version"),
+            (
+                '{"schema_version": 1, "mergekit_lowrank": "0.0.1"}',
+                r"Field required \(schema version 1 of mergekit-lowrank '0\.0\.1'; this is .*, which reads 1\)",
+            ),
             ('{"schema_version": 9}', "has schema version 9, and this version of mergekit-lowrank reads up to 1"),
             ('{"conversion": {}}', "was made by convert; expected what merge, resize or extract has made"),
         ):
@@ -293,6 +300,91 @@ class TestFiles:
         assert "input 'math' is called 'in1' here, and methods key random numbers by these names" in (
             " ".join(found.information)
         )
+
+    def test_a_file_of_the_manifest_without_a_hash_is_a_fault_and_is_not_counted(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        outputs = json.loads((output / "manifest.json").read_text())["outputs"]
+        change_json(output / "manifest.json", outputs=[{**own, "sha256": None} for own in outputs])
+        found = verified(output, registry, recompute=False)
+        assert (found.output_files, len(found.faults), kinds(found)) == (0, len(outputs), {"output"})
+        assert "has no hash in manifest.json" in found.faults[0].message
+
+    def test_weights_that_the_manifest_does_not_list_are_a_fault(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        change_json(output / "manifest.json", outputs=[])
+        found = verified(output, registry, recompute=False)
+        assert (found.output_files, [own.where for own in found.faults]) == (0, [WEIGHTS])
+        assert "holds weights, and is not in manifest.json" in found.faults[0].message
+
+    def test_hashes_of_other_files_are_not_counted(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        (output / "README.md").unlink()
+        before = verified(merged / "out", registry, recompute=False)
+        assert verified(output, registry, recompute=False).output_files == before.output_files - 1
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    @pytest.mark.parametrize("name", ["manifest.json", "report.json", "recipe.yaml", "adapter_config.json", WEIGHTS])
+    def test_a_pipe_in_place_of_a_file_is_not_read(self, name, copy, merged, registry) -> None:
+        output = copy(merged)
+        (output / name).unlink()
+        os.mkfifo(output / name)
+        with pytest.raises(CheckpointError, match=f"{name}: is neither a file nor a directory, and is not read"):
+            verified(output, registry)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+    def test_a_pipe_in_an_input_is_not_read(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        (output.parent / "in1" / WEIGHTS).unlink()
+        os.mkfifo(output.parent / "in1" / WEIGHTS)
+        assert "is neither a file nor a directory" in fault(verified(output, registry), "source").message
+
+    @pytest.mark.parametrize(
+        ("spoil", "said"),
+        [
+            (lambda own: own["modules"][0].update(merged_norm=math.nan), "the report says that nan was merged"),
+            (lambda own: own["modules"].append(own["modules"][0]), f"'{FIRST}' is there 2 times"),
+            (lambda own: own.update(schema_version=99), "has schema version 99"),
+        ],
+    )
+    def test_a_report_that_contradicts_itself_is_found_though_its_hash_agrees(
+        self, spoil, said, copy, merged, registry
+    ) -> None:
+        output = copy(merged)
+        report = json.loads((output / "report.json").read_text())
+        spoil(report)
+        (output / "report.json").write_text(json.dumps(report))
+        hash_again(output, "report.json")
+        (found,) = verified(output, registry, recompute=False).faults
+        assert said in found.message
+
+    def test_a_missing_report_is_one_fault(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        (output / "report.json").unlink()
+        assert [str(own).split(" the manifest")[0] for own in verified(output, registry).faults] == [
+            "report.json: is missing;"
+        ]
+
+    def test_advice_is_given_once(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        (output / "report.json").write_text("{")
+        change_tensors(output / WEIGHTS, changed(**{KEY_B: lambda b: b * math.nan}))
+        for own in verified(output, registry).faults:
+            assert "Download" not in own.message
+            assert own.message.count("again.") == 1
+
+    def test_a_file_is_no_output(self, merged, registry) -> None:
+        with pytest.raises(CheckpointError, match=r"README\.md: is no directory; expected what a merge has made"):
+            verified(merged / "out" / "README.md", registry)
+
+    def test_an_output_that_was_moved_is_told_from_one_without_its_inputs(self, copy, merged, registry) -> None:
+        output = copy(merged)
+        moved = output.parent / "elsewhere" / "out"
+        moved.parent.mkdir()
+        output.rename(moved)
+        message = fault(verified(moved, registry), "source").message
+        assert f"there is no {moved.parent / 'in1'} ('../in1' in recipe.yaml)" in message
+        assert "it or the inputs were moved" in message
+        assert "Hugging Face" not in message
 
 
 class TestModel:
@@ -342,6 +434,17 @@ class TestModel:
         message = fault(verified(output, registry), "output").message
         assert message == "lacks 'model.norm.weight'; adds 'more'; expected the tensors of the manifest. Merge again."
 
+    def test_a_tensor_that_is_gone_is_missing(self, copy, folded, registry) -> None:
+        output = copy(folded)
+        change_tensors(output / "model.safetensors", lambda own: {key: own[key] for key in own if "norm" not in key})
+        assert fault(verified(output, registry), "structure").message.startswith("is missing; the base has ")
+
+    def test_a_base_that_was_moved_is_told(self, copy, folded, registry) -> None:
+        output = copy(folded)
+        (output.parent / "base").rename(output.parent / "moved")
+        message = fault(verified(output, registry), "recipe").message
+        assert f"there is no {output.parent / 'base'} ('../base' in recipe.yaml)" in message
+
     def test_a_base_that_changed_is_found_by_recomputation(self, copy, folded, registry) -> None:
         output = copy(folded)
         weights = output.parent / "base" / "model.safetensors"
@@ -350,15 +453,94 @@ class TestModel:
         assert verified(output, registry, recompute=False).is_ok
 
 
-def test_a_fault_in_a_sweep_is_named_with_its_variant(tmp_path, registry) -> None:
+@pytest.fixture
+def swept(tmp_path, registry):
+    """Two variants."""
     paths = adapters(tmp_path, 2)
     merge(recipe_of(paths, sweep={"parameters.density": [0.4, 0.8]}), tmp_path / "out", registry=registry)
-    output = tmp_path / "out"
-    found = verified(output, registry)
-    assert (found.is_ok, found.variants, found.modules) == (True, ("density=0.4", "density=0.8"), 2 * len(MODULES))
-    change_tensors(output / "density=0.8" / WEIGHTS, changed(**{KEY_B: lambda b: b.flip(0)}))
-    found = verified(output, registry)
-    assert [own.where for own in found.faults] == [f"density=0.8/{WEIGHTS}", f"density=0.8/{FIRST}"]
-    (output / "sweep.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="does not list variants"):
-        verified(output, registry)
+    return tmp_path / "out"
+
+
+class TestSweep:
+    def test_a_fault_is_named_with_its_variant(self, swept, registry) -> None:
+        found = verified(swept, registry)
+        assert (found.is_ok, found.variants, found.modules) == (True, ("density=0.4", "density=0.8"), 2 * len(MODULES))
+        change_tensors(swept / "density=0.8" / WEIGHTS, changed(**{KEY_B: lambda b: b.flip(0)}))
+        found = verified(swept, registry)
+        assert [own.where for own in found.faults] == [f"density=0.8/{WEIGHTS}", f"density=0.8/{FIRST}"]
+        (swept / "density=0.8" / WEIGHTS).write_bytes(b"")
+        assert {own.where for own in verified(swept, registry).faults} == {f"density=0.8/{WEIGHTS}", "density=0.8"}
+
+    @pytest.mark.parametrize("index", [{}, {"variants": []}, {"variants": {}}, {"variants": 3}, {"variants": ["a"]}])
+    def test_an_index_without_variants_is_an_error(self, index, swept, registry) -> None:
+        (swept / "sweep.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"sweep\.json: does not list variants: variants.*Merge again"):
+            verified(swept, registry)
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "../out", "/etc", "density=0.4/", "density=0.8"])
+    def test_variants_are_directories_in_it_each_named_once(self, name, swept, registry) -> None:
+        variants = json.loads((swept / "sweep.json").read_text())["variants"]
+        change_json(swept / "sweep.json", variants=[{**variants[0], "name": name}, variants[1]])
+        with pytest.raises(CheckpointError, match=r"is not the name of a directory in the output|is listed twice"):
+            verified(swept, registry)
+
+    def test_a_variant_that_is_gone_leaves_the_others_to_be_proven(self, swept, registry) -> None:
+        (swept / "density=0.4").rename(swept / "other")
+        found = verified(swept, registry)
+        (own,) = found.faults
+        assert (own.kind, own.where) == ("structure", "density=0.4")
+        assert "there is no such directory" in own.message
+        assert (found.is_recomputed, found.identical) == (True, len(MODULES))
+        assert "beside the variants of sweep.json lies 'other'" in found.information
+
+    def test_a_sweep_in_a_sweep_is_not_entered(self, swept, registry) -> None:
+        (swept / "density=0.4" / "manifest.json").unlink()
+        (swept / "density=0.4" / "sweep.json").write_bytes((swept / "sweep.json").read_bytes())
+        (own,) = verified(swept, registry).faults
+        assert "has no manifest.json" in own.message
+
+    def test_variants_that_changed_places_are_found(self, swept, registry) -> None:
+        (swept / "density=0.4").rename(swept / "between")
+        (swept / "density=0.8").rename(swept / "density=0.4")
+        (swept / "between").rename(swept / "density=0.8")
+        found = verified(swept, registry)
+        assert [(own.kind, own.where) for own in found.faults] == [
+            ("structure", "density=0.4"),
+            ("structure", "density=0.8"),
+        ]
+        assert "its report has merged_norm " in found.faults[0].message
+
+
+class TestOpenDirections:
+    """Modules whose warning says that they were cut between equal singular values."""
+
+    @pytest.fixture(params=["adapter", "model"])
+    def output(self, request, copy, merged, folded):
+        """Rows of one module in another order, which is another update of the same norm; and the warning."""
+        is_model = request.param == "model"
+        output = copy(folded if is_model else merged)
+        report = json.loads((output / "report.json").read_text())
+        report["modules"][0]["warnings"] = [f"{ARBITRARY_CUT} at rank 3: which directions"]
+        (output / "report.json").write_text(json.dumps(report))
+        if is_model:
+            key = f"{FIRST}.weight"
+            base = load_file(output.parent / "base" / "model.safetensors")[key]
+            change = lambda weight: (base.double() + (weight.double() - base.double()).flip(0)).to(weight.dtype)  # noqa: E731
+            return output, output / "model.safetensors", key, change
+        return output, output / WEIGHTS, KEY_B, lambda b: b.flip(0)
+
+    def test_other_directions_of_the_same_norm_are_information(self, output, registry) -> None:
+        directory, weights, key, change = output
+        change_tensors(weights, changed(**{key: change}))
+        found = verified(directory, registry)
+        assert kinds(found) == {"output"}
+        assert any(f"'{FIRST}': cut between equal singular values" in text for text in found.information)
+        check = found.recomputed[0]
+        assert (check.module, check.is_identical, check.is_ok, check.tolerance) == (FIRST, False, True, 2.0)
+
+    def test_another_norm_is_a_fault(self, output, registry) -> None:
+        directory, weights, key, change = output
+        base = directory.parent / "base" / "model.safetensors"
+        less = load_file(base)[key] if base.exists() else 0
+        change_tensors(weights, changed(**{key: lambda own: less + (change(own) - less) * 2}))
+        assert fault(verified(directory, registry), "recomputation").where == FIRST

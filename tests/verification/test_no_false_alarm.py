@@ -321,14 +321,14 @@ def test_a_verification_comes_back_from_json_and_shows_itself(copy, merged, regi
 
 def test_memory_does_not_grow_with_the_number_of_modules(tmp_path, registry) -> None:
     def output_of(count):
-        modules = {f"layers.{layer}.q": (384, 256) for layer in range(count)}
+        modules = {f"layers.{layer}.q": (4096, 1024) for layer in range(count)}
         root = tmp_path / str(count)
-        paths = [write_tiny_adapter(root / f"in{seed}", modules, rank=16, seed=seed) for seed in (1, 2)]
+        paths = [write_tiny_adapter(root / f"in{seed}", modules, rank=64, seed=seed) for seed in (1, 2)]
         merge(recipe_of(paths, "linear", out_dtype="bfloat16"), root / "out", registry=registry)
         change_tensors(root / "out" / WEIGHTS, lambda own: {key: tensor * 1.01 for key, tensor in own.items()})
         return root / "out"
 
-    few, many = output_of(2), output_of(8)
+    few, many = output_of(2), output_of(10)
     verified(few, registry)
     peaks = [held(lambda output=output: verified(output, registry)).peak_bytes for output in (few, many)]
-    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < peaks[0] + 8e6  # the inputs of the large one alone are 26 MB
