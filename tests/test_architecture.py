@@ -39,21 +39,8 @@ ROOMS = (
     "cli",
 )
 PLUGIN_ROOMS = ("strategies", "spaces", "formats")
-INTERNAL = (
-    "registry",
-    "recipe",
-    "engine",
-    "report",
-    "requests",
-    "verification",
-    "runs",
-    "api",
-    "transforms",
-    "diagnostics",
-    "inspection",
-    "evaluation",
-    "cli",
-)
+INTERNAL = ("registry", *ROOMS[ROOMS.index("recipe") :])
+"""Rooms that a built-in may not use, as a plugin does not."""
 HEAVY_EXTRAS = ("peft", "transformers")
 
 

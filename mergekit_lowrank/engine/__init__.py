@@ -4,11 +4,11 @@ from mergekit_lowrank.engine.budgeting import with_ranks
 from mergekit_lowrank.engine.devices import Device, select_devices
 from mergekit_lowrank.engine.inputs import Inputs, open_checkpoint, open_inputs
 from mergekit_lowrank.engine.memory import default_memory_bytes, format_bytes
-from mergekit_lowrank.engine.merging import ModuleRecord
 from mergekit_lowrank.engine.parts import Origin, Parts, names_of_variants, refuse_parts
 from mergekit_lowrank.engine.pipeline import Destination, Outcome, Shard, count_modules, finish, run_plans
 from mergekit_lowrank.engine.plan import Fold, ModulePlan, Plan
 from mergekit_lowrank.engine.planning import build_plan
+from mergekit_lowrank.engine.records import ModuleRecord
 from mergekit_lowrank.engine.settings import SettingsResolver
 from mergekit_lowrank.engine.sinks import TENSOR_FILE, MemorySink
 from mergekit_lowrank.engine.spool import ARTEFACT_FILE

@@ -1,4 +1,4 @@
-"""One module: read → encode → merge → decode → scale → rank → cast → checked, and what there is to say about it."""
+"""One module: read → encode → merge → decode → scale → rank → cast → checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mergekit_lowrank.engine.devices import Device
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
+from mergekit_lowrank.engine.records import ModuleRecord, record_of
 from mergekit_lowrank.errors import MergeError, OutputError, StrategyError
 from mergekit_lowrank.formats import DTYPES
 from mergekit_lowrank.lowrank import (
@@ -23,22 +24,17 @@ from mergekit_lowrank.lowrank import (
     LowRankUpdate,
     Update,
     canonical,
-    compare,
     scratch_space,
-    sign_conflict,
-    singular_values,
 )
-from mergekit_lowrank.policies import Compressed, Scaling, retained
+from mergekit_lowrank.policies import Scaling
 from mergekit_lowrank.registry import BUILT_IN
 from mergekit_lowrank.spaces import Coordinates
 from mergekit_lowrank.strategies import MergeContext, Survey, keyed_generator
 
 __all__ = [
-    "ARBITRARY_CUT",
     "Encodings",
     "MergedInputs",
     "MergedModule",
-    "ModuleRecord",
     "blamed",
     "context_of",
     "encoding_key",
@@ -51,87 +47,6 @@ __all__ = [
 
 SCRATCH_ABOVE_BYTES = 1 << 20
 """Smaller matrices stay in memory: they are less than what is allowed for itself to each worker."""
-ENERGY_SHARE = 0.99
-"""The share for which the record names the rank that would keep it."""
-ARBITRARY_CUT = "cut between equal singular values"
-"""Begins the warning of a module whose result depends on rounding, and so on the machine."""
-EQUAL = 1e-5
-"""Singular values that differ by less, relative to each other, are equal up to rounding in float32."""
-SHOWN_VALUES = 64
-"""Singular values in the record: as many as one looks at in a figure."""
-
-
-@dataclass(frozen=True)
-class ModuleRecord:
-    """What the report says about one module.
-
-    Attributes:
-        module: its name in the base model.
-        method: what merged it.
-        space: where.
-        participants: labels of the inputs that have it.
-        rank: directions in the merged update as kept (padding apart); None for a dense one that is kept whole.
-        energy: ‖ΔW‖²_F of the merged update before it was cut.
-        kept_energy: share of it that was kept.
-        cut_error: ‖M − M_rank‖_F / ‖M‖_F of the cut alone, M the merged update.
-        rank_for_99: the rank that keeps 99 % of it; None where the spectrum was not computed that far.
-        input_norms: ‖w_t ΔW_t‖_F of the participants.
-        merged_norm: ‖ΔW‖_F as written.
-        scale: factor of the scale policy.
-        retention: Σ w<M, ΔW> / Σ |w|<ΔW, ΔW> as written; None for zero inputs.
-        relative_error: ‖M − Σ c ΔW‖ / ‖Σ c ΔW‖ as written, c the weights the method aims at times ``scale``; None for a
-            zero sum.
-        relative_error_is_estimate: whether it was measured on 64 random inputs of the module, as it is where the joint
-            rank of the inputs is above 256.
-        cosines: (n, n) of the participants' updates, None where one is zero; empty where that joint rank is above 256.
-        sign_conflict: the share of all |w·ΔW| that stands against the sign of its entry's weighted sum, in [0, 0.5];
-            None for zero inputs.
-        sign_conflict_error: its standard error: of modules with more than 16,384 entries 4,096 are looked at.
-        spectrum: the largest singular values, at most 64, of the merged update before it was cut.
-        input_spectra: those of w_t ΔW_t of each participant; empty of a dense one.
-        peak_bytes: what the plan allowed for its merge.
-        wall_seconds: of its merge, reading apart.
-        warnings: what went differently than asked.
-    """
-
-    module: str
-    method: str
-    space: str
-    participants: tuple[str, ...]
-    rank: int | None
-    energy: float
-    kept_energy: float
-    cut_error: float
-    rank_for_99: int | None
-    input_norms: tuple[float, ...]
-    merged_norm: float
-    scale: float
-    retention: float | None
-    relative_error: float | None
-    relative_error_is_estimate: bool
-    cosines: tuple[tuple[float | None, ...], ...]
-    sign_conflict: float | None
-    sign_conflict_error: float
-    spectrum: tuple[float, ...]
-    input_spectra: tuple[tuple[float, ...], ...]
-    peak_bytes: int
-    wall_seconds: float
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ModuleRecord:
-        """The record that ``to_dict`` gave, after a way through JSON."""
-        plain: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
-        return cls(**plain)
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as tuples, all the way down."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,33 +258,14 @@ def merge_module(plan: Plan, module: ModulePlan, encodings: Encodings, survey: S
     if not plan.folds and module.is_factored:
         factors = _stored(_as_adapter(plan, module, compressed.factors), module, plan.out_dtype)
         stored, written = factors, factors.to(encodings.device, plan.compute_dtype)
-    record = _record(plan, module, merged.inputs, compressed, written, merged.scaling.factor)
-    warnings = (*_warnings(merged.scaling, record), *_arbitrary_cut(compressed))
-    record |= {"warnings": warnings, "wall_seconds": time.perf_counter() - start}
+    record = record_of(plan, module, merged.inputs, compressed, written, merged.scaling, start)
     artefacts = merged.artefacts(written) if isinstance(written, LowRankUpdate) else {}
-    return MergedModule(module.name, stored, artefacts, ModuleRecord(**record))
+    return MergedModule(module.name, stored, artefacts, record)
 
 
 def _as_adapter(plan: Plan, module: ModulePlan, update: LowRankUpdate) -> LowRankUpdate:
     plan.accepted(update.rank, module.name)  # or nothing of it is written
     return canonical(update) if plan.recipe.output.balance else update
-
-
-def _warnings(scaling: Scaling, record: Mapping[str, Any]) -> Iterator[str]:
-    if scaling.warning:
-        yield scaling.warning
-    if record["merged_norm"] == 0 and scaling.factor and any(record["input_norms"]):
-        yield "merged to zero, though its inputs are not; the method drops all that they do not agree on"
-
-
-def _arbitrary_cut(compressed: Compressed) -> Iterator[str]:
-    """Of equal singular values any rotation of the directions is as right, so what is kept of them is chance."""
-    rank, values = compressed.rank, compressed.spectrum.values
-    if rank and rank < compressed.spectrum.resolved and values[rank - 1] - values[rank] <= EQUAL * values[rank - 1]:
-        yield (
-            f"{ARBITRARY_CUT} at rank {rank}: which directions are kept depends on rounding, and differs between "
-            "machines; choose output.rank: sum, or another rank"
-        )
 
 
 def _check(merged: Update, module: ModulePlan) -> None:
@@ -403,59 +299,3 @@ def _stored(update: LowRankUpdate, module: ModulePlan, dtype: torch.dtype) -> Lo
             "set out_dtype: bfloat16 or float32, or a smaller scale"
         )
     return LowRankUpdate(b, a)
-
-
-def _record(
-    plan: Plan,
-    module: ModulePlan,
-    updates: Sequence[InputUpdate],
-    compressed: Compressed,
-    written: Update,
-    scale: float,
-) -> dict[str, Any]:
-    aims = [scale * c for c in module.group.strategy.target_weights(module.weights, module.total_weight)]
-    found = compare(written, updates, aims, keyed_generator(plan.recipe.seed, module.name, "report"))
-    energies = [own * own for own in found.norms]
-    conflict = sign_conflict(updates, module.weights, keyed_generator(plan.recipe.seed, module.name, "signs"))
-    return {
-        "module": module.name,
-        "method": module.group.method,
-        "space": module.group.space.name,
-        "participants": tuple(plan.inputs[t].label for t in module.participants),
-        "rank": compressed.rank,
-        "energy": compressed.spectrum.energy,
-        "kept_energy": compressed.kept_energy,
-        "cut_error": compressed.error,
-        "rank_for_99": compressed.spectrum.rank_for(ENERGY_SHARE),
-        "input_norms": tuple(abs(w) * own for own, w in zip(found.norms, module.weights, strict=True)),
-        "merged_norm": found.norm,
-        "scale": scale,
-        "retention": retained(found.overlaps, energies, module.weights),
-        "relative_error": found.relative_error,
-        "relative_error_is_estimate": found.is_estimate,
-        "cosines": tuple(tuple(c if c is None else _shortened(c) for c in row) for row in found.cosines),
-        "sign_conflict": None if conflict.opposed is None else _shortened(conflict.opposed),
-        "sign_conflict_error": _shortened(conflict.standard_error),
-        "spectrum": _leading(compressed.spectrum.values),
-        "input_spectra": _input_spectra(updates, module.weights),
-        "peak_bytes": module.peak_bytes,
-    }
-
-
-def _input_spectra(updates: Sequence[InputUpdate], weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-    """|w|·σ of each input; empty of dense ones."""
-    factored = [update for update in updates if isinstance(update, LowRankUpdate)]
-    found = iter(singular_values(factored) if factored else ())
-    spectra = [
-        next(found) * abs(w) if isinstance(u, LowRankUpdate) else None for u, w in zip(updates, weights, strict=True)
-    ]
-    return tuple(() if values is None else _leading(values) for values in spectra)
-
-
-def _leading(values: Tensor) -> tuple[float, ...]:
-    return tuple(map(_shortened, values[:SHOWN_VALUES].tolist()))
-
-
-def _shortened(number: float) -> float:
-    """The number to six digits: what is shown of it, and half of its bytes."""
-    return float(f"{number:.6g}")

@@ -12,9 +12,10 @@ from typing import Any
 from mergekit_lowrank.engine.budgeting import buys_ranks, spend_budget, with_ranks
 from mergekit_lowrank.engine.devices import Device
 from mergekit_lowrank.engine.memory import settle_allocator
-from mergekit_lowrank.engine.merging import Encodings, ModuleRecord, encoding_key, merge_module, on_disk, read_updates
+from mergekit_lowrank.engine.merging import Encodings, encoding_key, merge_module, on_disk, read_updates
 from mergekit_lowrank.engine.placement import DevicePool, attempt
 from mergekit_lowrank.engine.plan import ModulePlan, Plan
+from mergekit_lowrank.engine.records import ModuleRecord
 from mergekit_lowrank.engine.sinks import Receipt, Sink, factored_ranks
 from mergekit_lowrank.engine.surveying import Rounds, run_surveys
 from mergekit_lowrank.engine.units import Unit, batches_of, share_of

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_lowrank.engine import ARTEFACT_FILE, Destination, Device, Fold, Plan, run_plans
 from mergekit_lowrank.engine.adapter_files import rows_as_stored
 from mergekit_lowrank.engine.folding import BLOCK_ENTRIES
-from mergekit_lowrank.engine.merging import ARBITRARY_CUT
+from mergekit_lowrank.engine.records import ARBITRARY_CUT
 from mergekit_lowrank.engine.sinks import Receipt, Sink
 from mergekit_lowrank.errors import CheckpointError
 from mergekit_lowrank.events import Event, ModuleMerged, SurveyRound

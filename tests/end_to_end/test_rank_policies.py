@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mergekit_lowrank import Adapter, RecipeError, Reporter, SurveyRound, merge
-from mergekit_lowrank.engine.merging import ARBITRARY_CUT
+from mergekit_lowrank.engine.records import ARBITRARY_CUT
 from mergekit_lowrank.formats import tensor_names
 from mergekit_lowrank.lowrank import krylov, truncation
 from mergekit_lowrank.recipe import load_recipe

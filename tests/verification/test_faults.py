@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergekit_lowrank import CheckpointError, MemoryBudgetError, merge
-from mergekit_lowrank.engine.merging import ARBITRARY_CUT
+from mergekit_lowrank.engine.records import ARBITRARY_CUT
 from tests.verification.builders import (
     FIRST,
     KEY_B,
