@@ -83,7 +83,7 @@ def build_plan(
     problems += _over_memory(modules, memory_bytes, overhead)
     problems += over_accepted(recipe, {module.name: module.rank for module in modules})
     factored = [module for module in modules if module.is_factored]
-    if not factored and recipe.output.kind == "adapter":
+    if not (problems or factored) and recipe.output.kind == "adapter":
         problems.append(_without_factors(inputs))
     problems += under_budget(recipe, [(module.rank, module.bytes_per_rank(stored)) for module in factored])
     tokenizer: dict[str, Path] = {}

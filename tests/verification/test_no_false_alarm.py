@@ -214,8 +214,8 @@ def test_a_dialect_that_nothing_reads_is_checked_by_hashes_alone(tmp_path, regis
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 def test_the_dialects_of_plugins_are_proven(dialect, tmp_path) -> None:
-    pytest.importorskip("mergekit_lowrank_diffusion")
-    registry = Registry.load()
+    registry = Registry()
+    registry.register(pytest.importorskip("mergekit_lowrank_diffusion"), "diffusion")
     modules = {f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{name}": (12, 10) for name in "qv"}
     paths = [write_tiny_adapter(tmp_path / f"in{seed}", modules, seed=seed) for seed in (1, 2)]
     merge(recipe_of(paths, output={"format": dialect}), tmp_path / "out", registry=registry)
